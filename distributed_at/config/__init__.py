@@ -1,0 +1,65 @@
+"""The typed schema of a run: what a recipe may say, in which units, and which combinations make no sense.
+
+Only the schema lives here; reading files, ``extends:``, rows and overrides is ``recipes.py``, and turning pydantic's
+errors into one clear message is ``recipe_errors.py``. Every class refuses unknown keys. Pixel quantities (``eps``,
+``step_size``) are in /255 everywhere in a recipe; code converts them to [0, 1] once, where the attack is built.
+"""
+
+from distributed_at.config.attack import AttackConfig
+from distributed_at.config.base import (
+    ARCHITECTURES,
+    Activation,
+    Architecture,
+    AttackDtype,
+    BnMode,
+    Branch,
+    Norm,
+    PaperConfig,
+    Pixels,
+    Strict,
+)
+from distributed_at.config.data import AugmentConfig, DataConfig
+from distributed_at.config.evaluation import EvalAttackConfig, EvaluationConfig
+from distributed_at.config.model import ModelConfig
+from distributed_at.config.objective import MixtureConfig, ObjectiveConfig, PgdAtConfig, StandardConfig, TradesConfig
+from distributed_at.config.run import LogConfig, RunConfig
+from distributed_at.config.training import (
+    CheckpointConfig,
+    EmaConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "Activation",
+    "Architecture",
+    "AttackConfig",
+    "AttackDtype",
+    "AugmentConfig",
+    "BnMode",
+    "Branch",
+    "CheckpointConfig",
+    "DataConfig",
+    "EmaConfig",
+    "EvalAttackConfig",
+    "EvaluationConfig",
+    "LogConfig",
+    "MixtureConfig",
+    "ModelConfig",
+    "Norm",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PaperConfig",
+    "ParallelConfig",
+    "PgdAtConfig",
+    "Pixels",
+    "RunConfig",
+    "ScheduleConfig",
+    "StandardConfig",
+    "Strict",
+    "TradesConfig",
+    "TrainConfig",
+]

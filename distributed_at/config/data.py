@@ -1,0 +1,62 @@
+"""Where images come from, and their views."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from distributed_at.config.base import Strict
+
+
+class AugmentConfig(Strict):
+    """Training-time views; every random choice comes from counters (seed, epoch, sample_id)."""
+
+    crop: Literal["none", "pad", "random_resized"] = "none"
+    pad: int = Field(default=4, ge=0, description="pixels padded on each side before a random crop ('pad')")
+    pad_mode: Literal["zero", "reflect"] = "zero"
+    flip: bool = False
+    area: tuple[float, float] = Field(
+        default=(0.08, 1.0), description="share of the image's area kept by 'random_resized'"
+    )
+    aspect: tuple[float, float] = Field(default=(0.75, 4 / 3), description="width / height of a 'random_resized' crop")
+    colour_jitter: bool = Field(
+        default=False, description="brightness, contrast, saturation, PCA lighting on uint8 (facts 2.3)"
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> AugmentConfig:
+        for name in ("area", "aspect"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be [low, high] with 0 < low <= high, got [{low}, {high}]")
+        if self.area[1] > 1:
+            raise ValueError(f"area is a share of the image, at most 1, got {self.area[1]}")
+        return self
+
+
+class DataConfig(Strict):
+    """Where the images come from."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "svhn", "imagenet"]
+    path: str | None = Field(default=None, description="folder that holds the data; digits need none")
+    download: bool = Field(default=False, description="let torchvision download CIFAR or SVHN into path")
+    backend: Literal["auto", "dali_cpu", "dali_gpu", "pil"] = Field(
+        default="auto", description="decoder of imagenet folders"
+    )
+    image_size: int = Field(gt=0, description="height and width of the network's input, pixels")
+    resize_size: int | None = Field(
+        default=None, gt=0, description="shortest edge before the evaluation centre crop (imagenet)"
+    )
+    num_classes: int | None = Field(default=None, gt=1, description="classes; null = those of the data set")
+    validation_size: int = Field(
+        default=0,
+        ge=0,
+        description="images held out of train for selection; the test set is for final evaluation alone",
+    )
+    validation_seed: int = Field(default=0, ge=0)
+    limit_train: int | None = Field(default=None, gt=0, description="use only this many training images (smoke runs)")
+    limit_test: int | None = Field(default=None, gt=0)
+    augment: AugmentConfig = AugmentConfig()
+    prefetch: int = Field(default=2, ge=0, description="batches prepared ahead of the attack")
+    num_threads: int = Field(default=0, ge=0, description="decoder threads; 0 = by the machine")

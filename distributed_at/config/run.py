@@ -1,0 +1,105 @@
+"""A whole run, and which combinations of its sections make no sense."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from distributed_at.config.attack import AttackConfig
+from distributed_at.config.base import PaperConfig, Strict
+from distributed_at.config.data import DataConfig
+from distributed_at.config.evaluation import EvaluationConfig
+from distributed_at.config.model import ModelConfig
+from distributed_at.config.objective import ObjectiveConfig
+from distributed_at.config.training import (
+    CheckpointConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+
+class LogConfig(Strict):
+    """What is written while training."""
+
+    every_steps: int = Field(default=10, gt=0)
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "distributed-at"
+    wandb_entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class RunConfig(Strict):
+    """A whole run, as ``recipe.yaml`` holds it."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$")
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    paper: PaperConfig | None = None
+    data: DataConfig
+    model: ModelConfig
+    attack: AttackConfig | None = Field(default=None, description="the training attack; null for objective 'standard'")
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.objective.name == "standard" and self.attack is not None:
+            raise ValueError("objective 'standard' trains on clean images: remove attack, or set attack: null")
+        if self.objective.name != "standard" and self.attack is None:
+            raise ValueError(f"objective '{self.objective.name}' needs attack: {{eps, num_steps, step_size}}")
+        if self.objective.name == "trades" and self.attack is not None and self.attack.target != "none":
+            raise ValueError(
+                f"objective 'trades' maximises the divergence from the clean prediction and is untargeted; attack.target is '{self.attack.target}'"
+            )
+        if self.attack is not None and self.attack.loss == "kl" and self.objective.name not in ("trades",):
+            raise ValueError(
+                f"attack.loss 'kl' belongs to objective 'trades'; the objective is '{self.objective.name}'"
+            )
+        late = [m for m in self.schedule.milestones if m >= self.train.epochs]
+        if late:
+            raise ValueError(
+                f"schedule.milestones {late} lie at or past the last epoch (train.epochs: {self.train.epochs:g})"
+            )
+        if self.schedule.warmup_epochs >= self.train.epochs and self.schedule.warmup_epochs > 0:
+            raise ValueError(
+                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} is not shorter than train.epochs {self.train.epochs:g}"
+            )
+        bn_only = self.train.bn_only
+        finetunes = {"clean": "standard", "adv": "pgd_at"}
+        if bn_only is not None and self.objective.name != finetunes[bn_only]:
+            raise ValueError(
+                f"train.bn_only '{bn_only}' finetunes on {bn_only} images alone: objective.name is "
+                f"'{finetunes[bn_only]}' there, got '{self.objective.name}'"
+            )
+        if self.model.norm == "mbn" and self.objective.name not in ("mixture", "trades") and bn_only is None:
+            raise ValueError(
+                f"model.norm 'mbn' needs an objective that trains both branches (mixture, trades); '{self.objective.name}' trains one"
+            )
+        if self.attack is not None and self.attack.branch == "clean" and self.model.norm != "mbn":
+            raise ValueError("attack.branch 'clean' exists for model.norm 'mbn' alone")
+        if (self.train.freeze_bn_from_epoch is not None or self.train.bn_only) and self.model.norm == "gn":
+            raise ValueError(
+                "train.freeze_bn_from_epoch and train.bn_only need running statistics; group norm has none"
+            )
+        if self.train.select == "best_validation" and (
+            self.data.validation_size == 0 or not self.evaluation.validation
+        ):
+            raise ValueError(
+                "train.select 'best_validation' needs data.validation_size > 0 and evaluation.validation; the test set is for final evaluation alone"
+            )
+        if self.train.patience_epochs is not None and (
+            self.data.validation_size == 0 or not self.evaluation.validation
+        ):
+            raise ValueError("train.patience_epochs needs data.validation_size > 0 and evaluation.validation")
+        if self.evaluation.validation and self.data.validation_size == 0:
+            raise ValueError("evaluation.validation needs data.validation_size > 0: a held-out part of train")
+        return self

@@ -1,0 +1,159 @@
+"""Optimiser, schedule, batch arithmetic, parallelism and checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from distributed_at.config.base import Branch, Strict
+
+
+class OptimizerConfig(Strict):
+    """The weights' optimiser."""
+
+    name: Literal["sgd", "rmsprop", "adam", "adamw"] = "sgd"
+    lr: float = Field(gt=0)
+    lr_per: int | None = Field(
+        default=None,
+        gt=0,
+        description="lr holds for a batch of this size and scales linearly (256: Goyal et al.); null = as it stands",
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay_rule: Literal["all", "no_norm_bias", "kernels"] = Field(
+        default="all",
+        description="'all' parameters; all but norm layers and biases; or convolution and linear kernels alone (facts 2.2, 3.6)",
+    )
+    backend: Literal["torch", "apex"] = "torch"
+    rmsprop_decay: float = Field(default=0.9, gt=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0, description="of rmsprop (1.0 in the ALP code) and adam")
+
+    @model_validator(mode="after")
+    def _nesterov(self) -> OptimizerConfig:
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs optimizer.name: sgd and momentum > 0")
+        if self.backend == "apex" and self.name != "sgd":
+            raise ValueError(f"backend apex offers sgd, got {self.name}")
+        return self
+
+
+class ScheduleConfig(Strict):
+    """Learning rate against epochs, evaluated at every iteration. Times are in epochs and may be fractions."""
+
+    name: Literal["constant", "piecewise", "cosine", "cyclic", "exponential"] = "constant"
+    milestones: tuple[float, ...] = Field(
+        default=(), description="epochs after which the rate is multiplied by factor (piecewise)"
+    )
+    factor: float = Field(default=0.1, gt=0, le=1)
+    boundary: Literal["after", "last_iteration"] = Field(
+        default="after",
+        description="'last_iteration' = the drop already hits the last iteration before the milestone (facts 3.5)",
+    )
+    final_lr: float = Field(default=0.0, ge=0, description="where cosine and cyclic end")
+    peak_epoch: float | None = Field(default=None, gt=0, description="peak of cyclic; null = the middle")
+    decay_every: float = Field(default=2.0, gt=0, description="epochs between two factors of exponential (staircase)")
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    warmup_start: float | None = Field(default=None, ge=0, description="rate at step 0 of a linear warm-up; null = 0")
+    warmup_form: Literal["linear", "overshoot"] = Field(
+        default="linear", description="'overshoot' = (t + 1) / n as in the Bag-of-tricks code (facts 3.5)"
+    )
+
+    @model_validator(mode="after")
+    def _milestones(self) -> ScheduleConfig:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must rise, got {list(self.milestones)}")
+        if self.name == "piecewise" and not self.milestones:
+            raise ValueError("schedule 'piecewise' needs milestones, e.g. milestones: [100, 105]")
+        if self.name != "piecewise" and self.milestones:
+            raise ValueError(f"milestones belong to schedule 'piecewise'; this schedule is '{self.name}'")
+        return self
+
+
+class EmaConfig(Strict):
+    """Exponential moving average of weights (facts 4.1)."""
+
+    decay: float = Field(gt=0, lt=1)
+    dynamic: bool = Field(default=False, description="min(decay, (1 + t) / (10 + t)), as in the DeepMind code")
+    buffers: Literal["copy_live", "average"] = Field(
+        default="copy_live", description="BN statistics used with the averaged weights"
+    )
+
+
+class TrainConfig(Strict):
+    """Length, batch arithmetic and precision of training."""
+
+    epochs: float = Field(gt=0, description="passes over the training set; may be a fraction for smoke runs")
+    batch_size: int = Field(gt=0, description="global batch: images per optimiser step over all ranks")
+    bn_group_size: int | None = Field(
+        default=None, gt=0, description="images whose statistics BN sees together; null = what one device holds"
+    )
+    micro_batch_size: int | None = Field(
+        default=None, gt=0, description="images per forward on a device; null = its whole share of the batch"
+    )
+    drop_last: bool = Field(default=True, description="drop the last incomplete batch of an epoch")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="autocast of the training pass; weights stay fp32"
+    )
+    deterministic: bool = True
+    freeze_bn_from_epoch: float | None = Field(
+        default=None, ge=0, description="from here BN normalises with frozen running statistics (facts 2.6, '*')"
+    )
+    bn_only: Branch | None = Field(
+        default=None, description="finetune BN alone on clean or adversarial images (Xie & Yuille 4.4)"
+    )
+    ema: EmaConfig | None = None
+    select: Literal["last", "best_validation"] = "last"
+    patience_epochs: float | None = Field(
+        default=None, gt=0, description="stop when held-out robust accuracy has not risen for this long"
+    )
+    on_nonfinite: Literal["stop", "rollback"] = Field(
+        default="stop",
+        description="NaN or infinite loss: stop, or go back to the last good checkpoint and skip the batch",
+    )
+    max_nonfinite_steps: int = Field(
+        default=10, ge=1, description="bad steps in a row, or passed over since one checkpoint, that end the run"
+    )
+    spike_factor: float | None = Field(
+        default=None,
+        gt=1,
+        description="a loss above so many medians of recent steps counts as not finite; needs on_nonfinite: rollback",
+    )
+    init_from: str | None = Field(default=None, description="run folder or weights file to start from")
+
+    @model_validator(mode="after")
+    def _batch(self) -> TrainConfig:
+        if self.bn_group_size is not None and self.batch_size % self.bn_group_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of bn_group_size {self.bn_group_size}")
+        if self.spike_factor is not None and self.on_nonfinite != "rollback":
+            raise ValueError(
+                "spike_factor needs on_nonfinite: rollback, because the step has moved the weights already"
+            )
+        return self
+
+
+class ParallelConfig(Strict):
+    """How the work is spread; changes speed and memory, never the mathematics."""
+
+    zero_stage: Literal[0, 1, 2] = Field(
+        default=1, description="DeepSpeed ZeRO stage; 1 skips a non-finite step everywhere, 0 would apply it"
+    )
+    overlap_comm: bool = True
+    reduce_bucket_size: int = Field(default=50_000_000, gt=0, description="elements per gradient reduction")
+    timeout_seconds: float = Field(default=1800.0, gt=0, description="after which a silent rank counts as hung")
+
+
+class CheckpointConfig(Strict):
+    """When checkpoints are written and which stay."""
+
+    every_epochs: float | None = Field(default=1.0, gt=0)
+    every_steps: int | None = Field(default=None, gt=0)
+    every_minutes: float | None = Field(default=None, gt=0)
+    keep: int = Field(
+        default=2,
+        ge=2,
+        description="newest checkpoints kept; the last good one is never removed before the next is good",
+    )
+    keep_every_epochs: float | None = Field(default=None, gt=0)
+    asynchronous: bool = True

@@ -1,0 +1,68 @@
+"""Errors that a user can cause or must act on, each with the exit code that scripts and SLURM rely on.
+
+A ``UserError`` is printed as its message alone, never as a traceback: it must name the field, the value,
+what is allowed and, where it helps, the nearest right spelling.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_CONFIG = 2
+EXIT_NO_CHECKPOINT = 3
+EXIT_DIVERGED = 4
+EXIT_LOCKED = 5
+EXIT_HANG = 6
+EXIT_REQUEUE = 85  # saved at a step boundary: the same command goes on where it stopped
+
+
+class UserError(Exception):
+    """A mistake of the user's, or a fact about their files or machine, told in one message."""
+
+    exit_code = EXIT_CONFIG
+
+
+class ConfigError(UserError):
+    """A recipe, an override or a command line that cannot be run."""
+
+
+class DataError(UserError):
+    """A data set that is absent, incomplete or not in its published format."""
+
+
+class CheckpointError(UserError):
+    """No checkpoint that can be used; starting again from nothing is never chosen silently."""
+
+    exit_code = EXIT_NO_CHECKPOINT
+
+
+class DivergedError(UserError):
+    """The loss, the gradients or the weights are no longer finite."""
+
+    exit_code = EXIT_DIVERGED
+
+
+class LockedError(UserError):
+    """Another live run owns the run folder."""
+
+    exit_code = EXIT_LOCKED
+
+
+class HangError(UserError):
+    """A rank is dead or has not answered in time."""
+
+    exit_code = EXIT_HANG
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str | None:
+    """Return the allowed spelling closest to ``word``, or None where nothing is close."""
+    found = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the closest allowed spelling, or an empty string."""
+    found = nearest(word, allowed)
+    return f" Did you mean {found!r}?" if found else ""
