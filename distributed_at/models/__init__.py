@@ -1,0 +1,35 @@
+"""Networks for adversarial training: ResNets, pre-activation and wide ResNets, with branch-aware normalisation.
+
+Usable alone: ``build_model(ModelConfig(arch="resnet50"), num_classes=1000)(x, branch="adv")``.
+"""
+
+from distributed_at.models.norm import (
+    BatchNorm,
+    GroupNorm,
+    MixtureBatchNorm,
+    bn_buffers,
+    norm_layers,
+    set_bn_mode,
+    set_group_size,
+    set_process_group,
+)
+from distributed_at.models.parameters import load_torchvision_state_dict, weight_decay_groups
+from distributed_at.models.registry import LAYOUTS, build_model
+from distributed_at.models.statistics import ModelStatistics, measure
+
+__all__ = [
+    "LAYOUTS",
+    "BatchNorm",
+    "GroupNorm",
+    "MixtureBatchNorm",
+    "ModelStatistics",
+    "bn_buffers",
+    "build_model",
+    "load_torchvision_state_dict",
+    "measure",
+    "norm_layers",
+    "set_bn_mode",
+    "set_group_size",
+    "set_process_group",
+    "weight_decay_groups",
+]

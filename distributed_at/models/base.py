@@ -1,0 +1,127 @@
+"""What all networks share: pixel normalisation inside the model, the branch, stages of blocks, activation checkpointing."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from distributed_at.config import ModelConfig
+from distributed_at.errors import ConfigError
+from distributed_at.models.norm import NormFactory, check_branch, recomputation
+
+IMAGE_CHANNELS = 3
+
+
+class PixelNormalisation(nn.Module):
+    """``(x - mean) / std`` per channel, on x (N, 3, H, W) in [0, 1]; its constants are no part of the state dict."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        for field, values in (("pixel_mean", mean), ("pixel_std", std)):
+            if len(values) != IMAGE_CHANNELS:
+                raise ConfigError(
+                    f"model.{field} must hold {IMAGE_CHANNELS} numbers, one a channel, got {list(values)}"
+                )
+        self.constants = (tuple(mean), tuple(std))
+        self.identity = not any(mean) and all(value == 1.0 for value in std)
+        self.register_buffer("mean", torch.empty(1, IMAGE_CHANNELS, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(1, IMAGE_CHANNELS, 1, 1), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Write the constants, also after a network made on the meta device has been given storage."""
+        for buffer, values in zip((self.mean, self.std), self.constants, strict=True):
+            buffer.copy_(torch.tensor(values, dtype=buffer.dtype, device="cpu").view(1, IMAGE_CHANNELS, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.identity else (x - self.mean) / self.std
+
+
+class Network(nn.Module):
+    """Base of the classifiers: ``network(x, branch="adv") -> logits``.
+
+    Attributes:
+        num_classes: width of the logits.
+        activation_checkpointing: recompute each block's activations in the backward pass of a *training* forward. A
+            module in ``eval()``, which the attack uses, keeps its activations.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ConfigError(f"num_classes must be at least 1, got {num_classes}")
+        self.num_classes = num_classes
+        self.activation_checkpointing = config.activation_checkpointing
+        self.pixels = PixelNormalisation(config.pixel_mean, config.pixel_std)
+
+    def forward(self, x: torch.Tensor, branch: str = "adv") -> torch.Tensor:
+        """Return logits (N, num_classes) of images x (N, 3, H, W), float in [0, 1].
+
+        Args:
+            x: images; pixel normalisation happens inside.
+            branch: 'adv' or 'clean'; they differ in the statistics and affine parameters of mixture batch norm alone.
+        """
+        check_branch(branch)
+        return self.classify(self.pixels(x), branch)
+
+    def classify(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+        """Return logits (N, num_classes) of normalised pixels (N, 3, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it classifies")
+
+    def run_stage(self, stage: nn.Sequential, x: torch.Tensor, branch: str) -> torch.Tensor:
+        """Return x after all blocks of a stage; a training pass may recompute them in its backward pass."""
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for block in stage:
+            if not recompute:
+                x = block(x, branch)
+                continue
+
+            def contexts(block: nn.Module = block) -> tuple[AbstractContextManager, AbstractContextManager]:
+                # the second run of a train-mode forward must not move running statistics again
+                return nullcontext(), recomputation(block)
+
+            x = checkpoint(block, x, branch, use_reentrant=False, context_fn=contexts)
+        return x
+
+
+class Projection(nn.Sequential):
+    """A strided 1x1 convolution and its norm on a shortcut; children are named '0' and '1'."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> None:
+        super().__init__(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), norm(out_channels))
+
+    def forward(self, x: torch.Tensor, branch: str) -> torch.Tensor:  # type: ignore[override]
+        return self[1](self[0](x), branch)
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """Return a 3x3 convolution that keeps the image's size at stride 1."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """Return a 1x1 convolution."""
+    return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+
+
+def stem_conv(config: ModelConfig) -> nn.Conv2d:
+    """Return the first convolution of a ResNet: 7x7 stride 2 (imagenet) or 3x3 stride 1 (cifar)."""
+    if config.stem == "cifar":
+        return conv3x3(IMAGE_CHANNELS, config.base_width)
+    return nn.Conv2d(IMAGE_CHANNELS, config.base_width, 7, stride=2, padding=3, bias=False)
+
+
+def stem_pool(config: ModelConfig) -> nn.Module:
+    """Return the pooling after the first convolution: 3x3 maximum at stride 2 (imagenet) or none (cifar)."""
+    return nn.Identity() if config.stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
+
+
+def pooled(x: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the image, (N, C, H, W) -> (N, C)."""
+    return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)

@@ -1,0 +1,128 @@
+"""Size and cost of a network, measured on the meta device by running it there; no weights, no images, no closed forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from distributed_at.config import ModelConfig
+from distributed_at.models.base import IMAGE_CHANNELS
+from distributed_at.models.registry import build_model
+
+SAMPLES = 2  # a batch of one would hide what does not grow with the batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStatistics:
+    """What ``plan`` needs to know of a network.
+
+    Attributes:
+        parameters: learnable numbers.
+        buffers: numbers in running statistics (floating point; counters and pixel constants are not counted).
+        macs: multiply-accumulates of convolutions and linear layers in one forward of one image.
+        activations: numbers that convolutions and linear layers put out for one image.
+        train_bytes: bytes that one image keeps for the backward pass of a training forward, float32, every storage once.
+        input_grad_bytes: the same for an attack's forward: frozen weights, running statistics, float32.
+        image_size: height and width of the image, pixels.
+    """
+
+    parameters: int
+    buffers: int
+    macs: int
+    activations: int
+    train_bytes: int
+    input_grad_bytes: int
+    image_size: int
+
+
+class _Counter:
+    """Forward hooks that add up multiply-accumulates and outputs of a whole batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.macs = 0
+        self.activations = 0
+        self._handles = [
+            layer.register_forward_hook(self._count)
+            for layer in model.modules()
+            if isinstance(layer, nn.Conv2d | nn.Linear)
+        ]
+
+    def _count(self, layer: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):
+            per_output = layer.weight[0].numel()
+        else:
+            assert isinstance(layer, nn.Linear)
+            per_output = layer.in_features
+        self.macs += output.numel() * per_output
+        self.activations += output.numel()
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@lru_cache(maxsize=256)
+def count_macs(config: ModelConfig, *, num_classes: int, image_size: int) -> int:
+    """Return multiply-accumulates of one forward of one image: the one number of ``measure`` that comes quickly.
+
+    Raises:
+        ConfigError: where the network cannot be built.
+    """
+    with torch.device("meta"):
+        model = build_model(config, num_classes=num_classes)
+        x = torch.empty(SAMPLES, IMAGE_CHANNELS, image_size, image_size)
+    counter = _Counter(model.eval())
+    with torch.no_grad():
+        model(x)
+    counter.remove()
+    return counter.macs // SAMPLES
+
+
+def _saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Return the bytes that autograd keeps for the backward pass of a batch, without weights and buffers."""
+    owned = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            kept[storage._cdata] = storage  # holding it keeps its address from being given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(x)
+    total = sum(storage.nbytes() for storage in kept.values())
+    del logits
+    return total
+
+
+def measure(config: ModelConfig, *, num_classes: int, image_size: int) -> ModelStatistics:
+    """Return the size and the cost of a network for images of ``image_size`` pixels a side.
+
+    Raises:
+        ConfigError: where the network cannot be built.
+    """
+    with torch.device("meta"):
+        model = build_model(config, num_classes=num_classes)
+        x = torch.empty(SAMPLES, IMAGE_CHANNELS, image_size, image_size)
+    model = model.to(memory_format=torch.channels_last)
+    counter = _Counter(model.eval())
+    with torch.no_grad():
+        model(x)
+    counter.remove()
+    train_bytes = _saved_bytes(model.train(), x)
+    model.eval().requires_grad_(False)
+    input_grad_bytes = _saved_bytes(model, x.requires_grad_())
+    running = [b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in ("running_mean", "running_var")]
+    return ModelStatistics(
+        parameters=sum(p.numel() for p in model.parameters()),
+        buffers=sum(b.numel() for b in running),
+        macs=counter.macs // SAMPLES,
+        activations=counter.activations // SAMPLES,
+        train_bytes=train_bytes // SAMPLES,
+        input_grad_bytes=input_grad_bytes // SAMPLES,
+        image_size=image_size,
+    )
