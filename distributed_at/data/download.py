@@ -1,0 +1,37 @@
+"""Fetches CIFAR and SVHN from their publishers, by torchvision's addresses and checksums, when a recipe allows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distributed_at.data.locks import folder_lock
+from distributed_at.errors import DataError
+
+
+def download(dataset: str, path: Path) -> None:
+    """Download and unpack ``dataset`` into ``path``; files whose checksum is right are not fetched again.
+
+    Archives are only unpacked: torchvision's own data sets are not opened, because they unpickle freely.
+
+    Raises:
+        DataError: no connection, or a file that does not have its published checksum.
+    """
+    from torchvision import datasets
+    from torchvision.datasets.utils import download_and_extract_archive, download_url
+
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with folder_lock(path / ".download.lock"):
+            if dataset == "svhn":
+                for split in ("train", "test"):
+                    url, file_name, md5 = datasets.SVHN.split_list[split]
+                    download_url(url, str(path), file_name, md5)
+                return
+            kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+            if not (path / kind.base_folder).is_dir():
+                download_and_extract_archive(kind.url, str(path), filename=kind.filename, md5=kind.tgz_md5)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"data.download: {dataset} could not be fetched into {path}: {error}. "
+            f"Fetch it where there is a connection and set data.path to it."
+        ) from error

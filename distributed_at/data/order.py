@@ -1,0 +1,86 @@
+"""Which samples a training step uses, as a function of (seed, epoch, step).
+
+How a step is shared between ranks is the engine's ``batching.py``. Nothing here reads an image or keeps state: any step of any epoch can be asked for in any order, on any world size.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from distributed_at.errors import ConfigError
+from distributed_at.rng import permutation
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    order = permutation(seed, epoch, num_samples)
+    order.setflags(write=False)  # shared between callers
+    return order
+
+
+class StepOrder:
+    """The global order of an epoch, cut into steps of ``batch_size`` samples.
+
+    Step ``s`` of epoch ``e`` is ``order(e)[s * B : (s + 1) * B]``; the order depends on the seed and the epoch alone.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        drop_last: bool = True,
+        *,
+        sample_ids: np.ndarray | None = None,
+    ) -> None:
+        """Describe an order.
+
+        Args:
+            num_samples: images in the split.
+            batch_size: global batch B, over all ranks.
+            seed: the run's seed.
+            drop_last: leave out the last incomplete batch of each epoch.
+            sample_ids: (num_samples,) int64, the ids to order; null means ``range(num_samples)``. The order of the
+                positions does not depend on them.
+
+        Raises:
+            ConfigError: the batch is larger than the split and would be dropped, so that an epoch has no step.
+        """
+        if num_samples < 1 or batch_size < 1:
+            raise ConfigError(f"an order needs num_samples and batch_size >= 1, got {num_samples} and {batch_size}")
+        if sample_ids is not None and len(sample_ids) != num_samples:
+            raise ValueError(f"sample_ids has {len(sample_ids)} entries for num_samples {num_samples}")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drop_last = drop_last
+        self.sample_ids = None if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
+        full, rest = divmod(num_samples, batch_size)
+        self.steps_per_epoch = full if drop_last else full + (rest > 0)
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"train.batch_size {batch_size} is larger than the training split ({num_samples} images) and "
+                f"train.drop_last drops it: use a batch_size of at most {num_samples}, or drop_last: false"
+            )
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return (epoch, step in epoch) of a global step that counts from 0."""
+        return divmod(step, self.steps_per_epoch)
+
+    def length(self, step_in_epoch: int) -> int:
+        """Return the number of samples of a step: ``batch_size``, or less for a kept last batch."""
+        self._check(step_in_epoch)
+        return min(self.batch_size, self.num_samples - step_in_epoch * self.batch_size)
+
+    def ids(self, epoch: int, step_in_epoch: int) -> np.ndarray:
+        """Return the (length,) int64 ids of a step over all ranks, in the order that its groups are cut from."""
+        self._check(step_in_epoch)
+        start = step_in_epoch * self.batch_size
+        positions = _epoch_order(self.seed, epoch, self.num_samples)[start : start + self.batch_size]
+        return positions.copy() if self.sample_ids is None else self.sample_ids[positions]
+
+    def _check(self, step_in_epoch: int) -> None:
+        if not 0 <= step_in_epoch < self.steps_per_epoch:
+            raise ValueError(f"step_in_epoch must be in [0, {self.steps_per_epoch}), got {step_in_epoch}")

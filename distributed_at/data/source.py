@@ -1,0 +1,170 @@
+"""What every data set offers: ids, labels and ``read``; and the implementation for sets that fit in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from distributed_at.config import AugmentConfig
+from distributed_at.data.augment import pad_crop_flip
+from distributed_at.data.colour import jitter_batch
+
+
+class ImageSource(ABC):
+    """One split of a data set.
+
+    Attributes:
+        name: the data set, as in ``data.dataset``.
+        split: 'train', 'validation' or 'test'.
+        sample_ids: (num_samples,) int64, sorted: the images of this split, numbered in the published split that they
+            come from. Numbers never change with limits, held-out images or damaged files.
+        num_classes: classes of the data set.
+        class_names: their names, or empty.
+        image_size: height and width of what ``read`` returns.
+        seed: the run's seed, used where ``read`` is given none.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        split: str,
+        sample_ids: np.ndarray,
+        num_classes: int,
+        image_size: int,
+        seed: int,
+        class_names: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.split = split
+        self.sample_ids = np.asarray(sample_ids, dtype=np.int64)
+        self.num_classes = num_classes
+        self.image_size = image_size
+        self.seed = seed
+        self.class_names = class_names
+
+    @property
+    def num_samples(self) -> int:
+        """Number of images in this split."""
+        return len(self.sample_ids)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    @abstractmethod
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        """Return the (N,) int64 labels of (N,) ids."""
+
+    @abstractmethod
+    def read(
+        self, ids: np.ndarray, *, epoch: int, train: bool, seed: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images and labels.
+
+        Args:
+            ids: (N,) int64 out of ``sample_ids``.
+            epoch: epoch of the augmentation's counters; unused when not ``train``.
+            train: augmented views; else the evaluation view.
+            seed: seed of the augmentation's counters; null = the seed that the split was opened with.
+
+        Returns:
+            (N, 3, H, W) uint8 in channels_last memory, and (N,) int64 labels.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return what an evaluation's protocol must record: data set, ids and every choice that moves a pixel."""
+        return {
+            "dataset": self.name,
+            "split": self.split,
+            "num_samples": self.num_samples,
+            "ids": hashlib.sha256(self.sample_ids.astype("<i8").tobytes()).hexdigest(),
+            "image_size": self.image_size,
+        }
+
+    def close(self) -> None:  # noqa: B027 - sources in memory hold nothing
+        """Release threads and decoders; reading afterwards is an error for sources that have them."""
+
+    def __enter__(self) -> ImageSource:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+
+def require_members(ids: np.ndarray, sample_ids: np.ndarray, *, split: str) -> np.ndarray:
+    """Return (N,) ids as int64 after checking that each belongs to ``sample_ids`` (sorted).
+
+    Raises:
+        ValueError: an id of another split: reading held-out images by mistake must not go unnoticed.
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    if ids.ndim != 1:
+        raise ValueError(f"ids must have one dimension, got shape {ids.shape}")
+    places = np.searchsorted(sample_ids, ids).clip(max=max(len(sample_ids) - 1, 0))
+    strangers = ids[sample_ids[places] != ids] if len(sample_ids) else ids
+    if len(strangers):
+        raise ValueError(f"{len(strangers)} ids are not in the {split} split, e.g. {int(strangers[0])}")
+    return ids
+
+
+def channels_last(images: np.ndarray) -> torch.Tensor:
+    """Return (N, H, W, 3) uint8 as a (N, 3, H, W) tensor over the same memory, which is channels_last."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+
+
+class ArraySource(ImageSource):
+    """A split whose images are one array in memory (CIFAR, SVHN, digits)."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        name: str,
+        split: str,
+        sample_ids: np.ndarray,
+        num_classes: int,
+        augment: AugmentConfig,
+        seed: int,
+        class_names: tuple[str, ...] = (),
+    ) -> None:
+        """Wrap ``images`` (M, H, W, 3) uint8 and ``labels`` (M,) int64, of which this split uses rows ``sample_ids``."""
+        super().__init__(
+            name=name,
+            split=split,
+            sample_ids=sample_ids,
+            num_classes=num_classes,
+            image_size=images.shape[1],
+            seed=seed,
+            class_names=class_names,
+        )
+        self._images = images
+        self._labels = np.asarray(labels, dtype=np.int64)
+        self._augment = augment
+
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        return self._labels[require_members(ids, self.sample_ids, split=self.split)]
+
+    def read(
+        self, ids: np.ndarray, *, epoch: int, train: bool, seed: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = require_members(ids, self.sample_ids, split=self.split)
+        seed = self.seed if seed is None else seed
+        if train:
+            images = pad_crop_flip(self._images, ids, ids, epoch=epoch, seed=seed, augment=self._augment)
+            if self._augment.colour_jitter:
+                images = jitter_batch(images, ids, epoch=epoch, seed=seed)
+        else:
+            images = self._images[ids]
+        return channels_last(images), torch.from_numpy(self._labels[ids])
+
+    def describe(self) -> dict[str, Any]:
+        # the pixels themselves: a re-encoded copy of a data set is another data set
+        digest = hashlib.sha256(np.ascontiguousarray(self._images[self.sample_ids]).tobytes())
+        digest.update(self._labels[self.sample_ids].astype("<i8").tobytes())
+        return {**super().describe(), "content": digest.hexdigest()}

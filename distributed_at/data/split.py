@@ -1,0 +1,41 @@
+"""Carves validation images, and subsets for smoke runs, out of a published split by counters."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distributed_at.errors import ConfigError
+from distributed_at.rng import Purpose, permutation
+
+# Separate counters, so that a limit does not follow the validation choice.
+_VALIDATION, _LIMIT, _FIXED_TEST = 0, 1, 2
+
+
+def carve_validation(ids: np.ndarray, *, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (train, validation) ids: disjoint, sorted, together equal to ``ids``.
+
+    Which images are held out depends on ``seed`` (``data.validation_seed``) and the number of ids alone.
+
+    Raises:
+        ConfigError: ``size`` leaves no image to train on.
+    """
+    if size >= len(ids):
+        raise ConfigError(f"data.validation_size {size} leaves nothing to train on: train has {len(ids)} images")
+    chosen = np.zeros(len(ids), dtype=bool)
+    chosen[permutation(seed, _VALIDATION, len(ids), purpose=Purpose.SPLIT)[:size]] = True
+    ids = np.sort(np.asarray(ids, dtype=np.int64))
+    return ids[~chosen], ids[chosen]
+
+
+def limit_ids(ids: np.ndarray, limit: int | None, *, seed: int) -> np.ndarray:
+    """Return at most ``limit`` of the (N,) ids, sorted, drawn evenly over the split (which may be sorted by class)."""
+    if limit is None or limit >= len(ids):
+        return ids
+    order = permutation(seed, _LIMIT, len(ids), purpose=Purpose.SPLIT)
+    return np.sort(ids[order[:limit]])
+
+
+def fixed_test_ids(num_samples: int, test_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (train, test) ids of a data set published without a split: the same two parts always, sorted."""
+    order = permutation(0, _FIXED_TEST, num_samples, purpose=Purpose.SPLIT)
+    return np.sort(order[test_size:]), np.sort(order[:test_size])
