@@ -1,0 +1,133 @@
+"""The meaning of each kernel in plain torch: the specification that the compiled kernels are tested against.
+
+Runs on any device and inside torch.compile; used as it is where no compiler works. Not tuned.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import rng
+
+
+def as_pixels(clean: torch.Tensor) -> torch.Tensor:
+    """Return ``clean`` as floats in [0, 1]; bytes are divided by 255, correctly rounded on every device."""
+    if clean.dtype != torch.uint8:
+        return clean
+    # Dividing by a Python number would multiply by a rounded reciprocal on CUDA.
+    return clean.to(torch.float32) / torch.full((), 255.0, dtype=torch.float32, device=clean.device)
+
+
+def sign(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return +1, -1 or 0 in ``dtype``; zero and NaN give 0, infinities give +-1."""
+    return (grad > 0).to(dtype) - (grad < 0).to(dtype)
+
+
+def _rounding_error(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Return (a + b) - total exactly, ``total`` being the rounded a + b (Knuth's two-sum)."""
+    b_part = total - a
+    return (a - (total - b_part)) + (b - b_part)
+
+
+def clip_to_ball(x_adv: torch.Tensor, clean: torch.Tensor, eps: torch.Tensor, box: tuple[float, float]) -> torch.Tensor:
+    """Return ``x_adv`` clipped to the tightest float interval inside [clean - eps, clean + eps] and the box, never -0.
+
+    clean - eps rounds to nearest and may fall outside the ball; such a bound moves one float inwards. A clean pixel
+    that is not finite gives NaN, so that a broken image is seen.
+    """
+    lower = clean - eps
+    lower = torch.where(_rounding_error(clean, -eps, lower) > 0, torch.nextafter(lower, clean), lower)
+    upper = clean + eps
+    upper = torch.where(_rounding_error(clean, eps, upper) < 0, torch.nextafter(upper, clean), upper)
+    return torch.minimum(torch.maximum(x_adv, lower.clamp(*box)), upper.clamp(*box)) + (clean - clean)
+
+
+def linf_step(
+    x_adv: torch.Tensor,
+    clean: torch.Tensor,
+    grad: torch.Tensor,
+    eps: torch.Tensor,
+    step: torch.Tensor,
+    direction: float,
+    box: tuple[float, float],
+) -> torch.Tensor:
+    """See ``ops.linf_step``; ``eps`` and ``step`` are 0-dim tensors."""
+    moved = x_adv - (direction * step) * sign(grad, x_adv.dtype)
+    return clip_to_ball(moved, as_pixels(clean), eps, box)
+
+
+def normalise(
+    x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype, channels: int
+) -> torch.Tensor:
+    """Return (x - mean) / std as (N, channels, H, W) channels-last of ``dtype``, zeros in the channels added."""
+    normalised = (x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+    out = torch.zeros(
+        (x.shape[0], channels, x.shape[2], x.shape[3]),
+        dtype=dtype,
+        device=x.device,
+    ).contiguous(memory_format=torch.channels_last)
+    out[:, : x.shape[1]] = normalised.to(dtype)
+    return out
+
+
+def _norms(values: torch.Tensor) -> torch.Tensor:
+    """Return the l2 norm of each sample in float64, shaped to broadcast."""
+    flat = values.reshape(values.shape[0], math.prod(values.shape[1:])).double()
+    return flat.square().sum(dim=1).sqrt().view(-1, *([1] * (values.dim() - 1)))
+
+
+def l2_step(
+    x_adv: torch.Tensor,
+    clean: torch.Tensor,
+    grad: torch.Tensor,
+    eps: torch.Tensor,
+    step: torch.Tensor,
+    direction: float,
+    floor: float,
+    box: tuple[float, float],
+) -> torch.Tensor:
+    """See ``ops.l2_step``; ``eps`` and ``step`` are 0-dim tensors."""
+    clean = as_pixels(clean)
+    largest = torch.finfo(torch.float32).max
+    finite = torch.nan_to_num(grad.double(), 0.0, largest, -largest).clamp(-largest, largest)
+    divisor = _norms(finite) + floor
+    scale = torch.where(divisor > 0, (direction * step.double()) / torch.where(divisor > 0, divisor, 1.0), 0.0)
+    moved = x_adv - (finite * scale).to(x_adv.dtype)
+    delta = moved.double() - clean.double()
+    norm = _norms(delta)
+    outside = norm > eps
+    ratio = eps.double() * (1.0 - 4.0 * torch.finfo(torch.float32).eps) / torch.where(outside, norm, 1.0)
+    scaled = ratio * delta
+    near = (clean.double() + scaled).to(x_adv.dtype)
+    too_far = (near.double() - clean.double()).abs() > scaled.abs()
+    near = torch.where(too_far, torch.nextafter(near, clean.to(x_adv.dtype)), near)
+    return torch.clamp(torch.where(outside, near, moved), box[0], box[1]) + 0.0
+
+
+def random_start(
+    clean: torch.Tensor,
+    sample_ids: torch.Tensor,
+    coin_ids: torch.Tensor,
+    eps: torch.Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    draw: int,
+    clean_probability: float,
+    clip: bool,
+    box: tuple[float, float],
+) -> torch.Tensor:
+    """See ``ops.random_start``; ``eps`` is a 0-dim tensor."""
+    clean = as_pixels(clean)
+    count = clean[0].numel() if len(clean) else 0
+    uniform = rng.uniform(seed, rng.Purpose.START, epoch, sample_ids, count, draw=draw).reshape(clean.shape)
+    bounds = box if clip else (float("-inf"), float("inf"))
+    start = clip_to_ball(clean + eps * (2.0 * uniform - 1.0), clean, eps, bounds)
+    if clean_probability > 0:
+        coin = rng.uniform(seed, rng.Purpose.CLEAN_START, epoch, coin_ids, 1, draw=draw)
+        probability = torch.full((), clean_probability, dtype=torch.float32, device=clean.device)
+        stay = (coin < probability).view(-1, *([1] * (clean.dim() - 1)))
+        start = torch.where(stay, clean, start)
+    return start + 0.0
