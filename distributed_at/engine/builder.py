@@ -1,0 +1,225 @@
+"""Builds a run's parts from its recipe: network, engine, twin, attack, objective, order and schedules.
+
+Nothing here trains; ``trainer.py`` runs what is built here.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distributed_at.attacks import PGD
+from distributed_at.attacks.iteration import Iteration
+from distributed_at.config import RunConfig
+from distributed_at.data.order import StepOrder
+from distributed_at.data.source import ImageSource
+from distributed_at.data.sources import open_split
+from distributed_at.engine.averaging import WeightAverage
+from distributed_at.engine.batching import BatchPlan, total_steps
+from distributed_at.engine.buffers import BufferMerger
+from distributed_at.engine.compiled_attack import Work, build_iteration, count_convolutions
+from distributed_at.engine.initial_weights import begin_from
+from distributed_at.engine.optimizers import build_optimizer
+from distributed_at.engine.parallel import TrainingEngine, World
+from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.schedules import Schedules
+from distributed_at.engine.twin import Twin
+from distributed_at.errors import ConfigError
+from distributed_at.models import build_model, measure
+from distributed_at.models.norm import MixtureBatchNorm, bn_layers, norm_layers, set_group_size, set_process_group
+from distributed_at.objectives import Objective, build_objective
+
+
+@dataclass
+class Parts:
+    """Everything that one step needs."""
+
+    config: RunConfig
+    world: World
+    plan: BatchPlan
+    source: ImageSource
+    order: StepOrder
+    engine: TrainingEngine
+    twin: Twin | None
+    attack: PGD | None
+    iteration: Iteration | None
+    objective: Objective
+    buffers: BufferMerger
+    average: WeightAverage | None
+    schedules: Schedules
+    total_steps: int
+    initial_weights: dict[str, Any] | None = None
+
+    @property
+    def skips_nonfinite(self) -> bool:
+        """Whether a non-finite gradient leaves the weights as they were (ZeRO 1 and 2, and one process; not ZeRO 0)."""
+        return self.config.parallel.zero_stage > 0
+
+    def start_step(self, step: int) -> None:
+        """Set what depends on the step number alone: the learning rate and the BN stage."""
+        self.engine.set_learning_rate(self.schedules.learning_rate(step))
+        freeze_from = self.config.train.freeze_bn_from_epoch
+        if freeze_from is not None and not self.engine.frozen_bn and self.schedules.epoch(step) >= freeze_from:
+            self.engine.freeze_bn()
+
+
+def seed_everything(config: RunConfig) -> None:
+    """Seed the generators that third-party code may use; our own draws come from counters."""
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # a debugging aid that costs a seventh of a step
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True
+
+
+def num_classes_of(config: RunConfig, source: ImageSource) -> int:
+    """Return the width of the classifier: the recipe's, else the data set's."""
+    return config.data.num_classes or source.num_classes
+
+
+def build_network(config: RunConfig, num_classes: int) -> nn.Module:
+    """Return the network of a recipe, initialised from the recipe's seed.
+
+    Weights stay contiguous: DeepSpeed flattens them and cannot broadcast channels-last ones. Images are channels-last,
+    and so is every activation; the twin lays its own weights out.
+    """
+    torch.manual_seed(config.seed)
+    return build_model(config.model, num_classes=num_classes)
+
+
+def keep_trainable(module: nn.Module, config: RunConfig) -> None:
+    """For BN-only finetuning leave gradients to the batch norms alone (Xie & Yuille, section 4.4).
+
+    Of a mixture, to the branch that the finetuning's images use.
+    """
+    branch = config.train.bn_only
+    if branch is None:
+        return
+    module.requires_grad_(False)
+    for layer in bn_layers(module, branch):
+        layer.requires_grad_(True)
+
+
+def set_groups(module: nn.Module, objective: Objective, plan: BatchPlan) -> None:
+    """Tell BN which consecutive samples of a forward form a group, branch by branch (design invariant 2)."""
+    if plan.group_free:
+        return
+    sizes = objective.bn_group_sizes(plan.group_size)
+    for layer in norm_layers(module):
+        if isinstance(layer, MixtureBatchNorm):
+            layer.clean.group_size, layer.adv.group_size = sizes["clean"], sizes["adv"]
+        else:
+            set_group_size(layer, sizes["adv"])
+
+
+def synchronise_groups(module: nn.Module, config: RunConfig, plan: BatchPlan, world: World) -> None:
+    """Let ranks that share one BN group normalise together (collective: every rank calls it)."""
+    if plan.ranks_per_group > 1 and config.objective.name == "mixture" and config.objective.clean_ratio < 1:
+        raise ConfigError(
+            f"objective.clean_ratio {config.objective.clean_ratio:g} chooses its clean images inside a BN group, but a "
+            f"group of {plan.group_size} spans {plan.ranks_per_group} ranks here: use at most "
+            f"{plan.batch_size // plan.group_size} workers"
+        )
+    if config.model.sync_bn and world.world_size > 1:
+        set_process_group(module, cast(dist.ProcessGroup, dist.group.WORLD))
+    elif plan.ranks_per_group > 1:
+        mine = None
+        for first in range(0, world.world_size, plan.ranks_per_group):  # new_group is collective: all ranks make all
+            ranks = list(range(first, first + plan.ranks_per_group))
+            group = dist.new_group(ranks)
+            if world.rank in ranks:
+                mine = cast(dist.ProcessGroup, group)
+        set_process_group(module, mine)
+
+
+def _attack_work(
+    config: RunConfig, twin: Twin, plan: BatchPlan, source: ImageSource, order: StepOrder, world: World
+) -> Work:
+    assert config.attack is not None
+    statistics = measure(config.model, num_classes=num_classes_of(config, source), image_size=source.image_size)
+    return Work(
+        macs=statistics.macs,
+        convolutions=count_convolutions(twin.module),
+        batch_size=plan.micro_batch,
+        images=total_steps(config.train.epochs, order.steps_per_epoch) * plan.micro_batch * plan.accumulation,
+        num_steps=config.attack.num_steps * config.attack.restarts,
+        device_type=world.device.type,
+    )
+
+
+def build_parts(config: RunConfig, world: World, folder: RunFolder | None = None) -> Parts:
+    """Build all parts of a training run on this rank.
+
+    ``folder``: the run's; a new run takes ``train.init_from`` where it names one. Without a folder none are read.
+    """
+    seed_everything(config)
+    plan = BatchPlan.resolve(
+        batch_size=config.train.batch_size,
+        world_size=world.world_size,
+        micro_batch_size=config.train.micro_batch_size,
+        bn_group_size=config.train.bn_group_size,
+    )
+    source = open_split(config.data, "train", seed=config.seed)
+    order = StepOrder(
+        source.num_samples,
+        config.train.batch_size,
+        seed=config.seed,
+        drop_last=config.train.drop_last,
+        sample_ids=source.sample_ids,
+    )
+    num_classes = num_classes_of(config, source)
+    module = build_network(config, num_classes)
+    initial_weights = begin_from(module, config, world, folder) if folder is not None else None
+    module = module.to(world.device)
+    keep_trainable(module, config)
+    objective = build_objective(
+        config.objective,
+        num_classes=num_classes,
+        seed=config.seed,
+        norm=config.model.norm,
+        attack_branch=config.attack.branch if config.attack is not None else "adv",
+    )
+    set_groups(module, objective, plan)
+    synchronise_groups(module, config, plan, world)
+    schedules = Schedules.from_config(config, order.steps_per_epoch)
+    optimizer = build_optimizer(config.optimizer, module, lr=schedules.learning_rate(0))
+    module.train()
+    engine = TrainingEngine(module, optimizer, plan=plan, parallel=config.parallel, train=config.train, world=world)
+    attack = twin = iteration = None
+    if config.attack is not None:
+        attack = PGD.from_config(config.attack, num_classes=num_classes)
+        # after the engine exists: DeepSpeed may have moved the parameters' storage
+        twin = Twin(
+            engine.module, bn_mode=config.attack.bn_mode, branch=config.attack.branch, dtype=config.attack.dtype
+        )
+        if not plan.group_free:
+            set_group_size(twin.module, plan.group_size)  # the attack's forwards hold adversarial images alone
+        iteration = build_iteration(config.attack, attack, twin, _attack_work(config, twin, plan, source, order, world))
+    return Parts(
+        config=config,
+        world=world,
+        plan=plan,
+        source=source,
+        order=order,
+        engine=engine,
+        twin=twin,
+        attack=attack,
+        iteration=iteration,
+        objective=objective,
+        buffers=BufferMerger(engine.module, world),
+        average=WeightAverage(engine.module, config.train.ema) if config.train.ema is not None else None,
+        schedules=schedules,
+        total_steps=total_steps(config.train.epochs, order.steps_per_epoch),
+        initial_weights=initial_weights,
+    )

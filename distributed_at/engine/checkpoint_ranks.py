@@ -1,0 +1,84 @@
+"""Small agreements between the ranks that save or load together, and one-line reasons for what failed on some of them.
+
+They use a gloo group of their own, so that a background save talks to the other ranks while training uses the default
+group; one process needs no group.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException  # not an Exception: it derives from BaseException
+
+T = TypeVar("T")
+SHOWN = 6  # reasons listed in one message
+
+
+class Ranks:
+    """Rank, world size and object exchange; with no initialised process group it is a world of one."""
+
+    def __init__(self, *, timeout_seconds: float = 1800.0) -> None:
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.group: Any = None  # gloo
+        self.rank, self.world_size = 0, 1
+        if self.distributed:
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            timeout = datetime.timedelta(seconds=timeout_seconds)
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone creates, names and removes folders."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on all ranks."""
+        if not self.distributed:
+            return [value]
+        out: list[Any] = [None] * self.world_size
+        dist.all_gather_object(out, value, group=self.group)
+        return out
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on all ranks."""
+        if not self.distributed:
+            return value
+        box: list[Any] = [value if self.is_first else None]
+        dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
+        return box[0]
+
+    def failures(self, reason: str | None) -> list[str]:
+        """Every rank's reason for failure, the same list on all ranks; empty where all succeeded."""
+        return [f"rank {r}: {why}" for r, why in enumerate(self.gather(reason)) if why]
+
+
+def attempt(action: Callable[[], Any]) -> str | None:
+    """Run ``action``; return None, or in one line why it failed."""
+    try:
+        action()
+    except (Exception, CheckpointException) as error:
+        return first_line(error)
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The most telling line of an error; torch wraps each rank's own error in a longer one."""
+    nested = getattr(error, "failures", None)
+    if isinstance(nested, Mapping) and nested:
+        return "; ".join(
+            f"[{rank}] {first_line(why[0] if isinstance(why, tuple) else why)}" for rank, why in nested.items()
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def merge(failures: list[str]) -> str:
+    """One sentence where all ranks say the same, else the first few."""
+    told = {failure.split(": ", 1)[-1] for failure in failures}
+    return told.pop() if len(told) == 1 else "; ".join(failures[:SHOWN])

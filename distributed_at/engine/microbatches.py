@@ -1,0 +1,117 @@
+"""Turns the ids of a step into this rank's micro-batches on the device, read ahead of the attack.
+
+Which ids, which group and which weight: all from counters and the batch plan; the pixels come from ``data``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from distributed_at.batch import Batch
+from distributed_at.data.order import StepOrder
+from distributed_at.data.prefetch import Prefetcher
+from distributed_at.data.source import ImageSource
+from distributed_at.engine.batching import BatchPlan
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward's images and their share of the step's loss.
+
+    ``weight`` is the number of its samples over the samples of the global batch; 0 marks a stand-in that keeps the
+    collectives of an incomplete last batch equal on all ranks and contributes nothing.
+    """
+
+    batch: Batch
+    weight: float
+
+
+@dataclass(frozen=True)
+class _Request:
+    step: int
+    epoch: int
+    ids: np.ndarray
+    group_ids: np.ndarray
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+def request(plan: BatchPlan, order: StepOrder, rank: int, step: int) -> _Request:
+    """Return what ``rank`` reads for optimiser step ``step``."""
+    epoch, index = divmod(step, order.steps_per_epoch)
+    ids = order.ids(epoch, index)
+    length = len(ids)
+    bounds = plan.micro_bounds(rank, None if length == plan.batch_size else length)
+    weights = [(high - low) / length for low, high in bounds]
+    positions = [np.arange(low, high) for low, high in bounds]
+    while len(positions) < plan.accumulation:
+        positions.append(np.arange(min(plan.micro_batch, length)))
+        weights.append(0.0)
+    where = np.concatenate(positions)
+    groups = index * plan.groups_per_step + where // plan.group_size
+    return _Request(step, epoch, ids[where], groups, tuple(map(len, positions)), tuple(weights))
+
+
+class MicroBatches:
+    """Iterates over this rank's micro-batches, step after step, from ``first_step`` on."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        order: StepOrder,
+        plan: BatchPlan,
+        *,
+        rank: int,
+        device: torch.device,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        prefetch: int,
+    ) -> None:
+        self._device = device
+        self._source, self._seed = source, seed
+        steps = (request(plan, order, rank, step) for step in range(first_step, last_step))
+        self._ahead = Prefetcher(steps, self._read, depth=prefetch)
+        self._results = iter(self._ahead)
+
+    def _read(self, wanted: _Request) -> tuple[_Request, torch.Tensor, torch.Tensor]:
+        images, labels = self._source.read(wanted.ids, epoch=wanted.epoch, train=True, seed=self._seed)
+        if self._device.type == "cuda":
+            images, labels = images.pin_memory(), labels.pin_memory()
+        return wanted, images, labels
+
+    def next_step(self) -> list[MicroBatch]:
+        """Return the micro-batches of the next step, images float32 in [0, 1] on the device."""
+        wanted, images, labels = next(self._results)
+        images = images.to(self._device, non_blocking=True)
+        labels = labels.to(self._device, non_blocking=True)
+        ids = torch.from_numpy(np.ascontiguousarray(wanted.ids)).to(self._device, non_blocking=True)
+        groups = torch.from_numpy(np.ascontiguousarray(wanted.group_ids)).to(self._device, non_blocking=True)
+        result = []
+        pieces = zip(*(t.split(wanted.sizes) for t in (ids, images, labels, groups)), strict=True)
+        for (i, x, y, g), weight in zip(pieces, wanted.weights, strict=True):
+            batch = Batch(
+                ids=i,
+                images=x.to(torch.float32).div_(255.0),
+                labels=y,
+                epoch=wanted.epoch,
+                step=wanted.step,
+                group_ids=g,
+            )
+            result.append(MicroBatch(batch, weight))
+        return result
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        while True:
+            try:
+                yield self.next_step()
+            except StopIteration:
+                return
+
+    def close(self) -> None:
+        """Stop the reading thread."""
+        self._ahead.close()

@@ -1,0 +1,57 @@
+"""Builds the weights' optimiser from a recipe; rates change through ``schedules.py`` at every iteration."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from distributed_at.config import OptimizerConfig
+from distributed_at.errors import ConfigError
+from distributed_at.models import weight_decay_groups
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module, *, lr: float) -> torch.optim.Optimizer:
+    """Return the optimiser over the trainable parameters, weight decay by the recipe's rule.
+
+    Weight decay is coupled (added to the gradient) for sgd, rmsprop and adam, decoupled for adamw, as in the papers'
+    codes (facts 2.2, 3.6).
+    """
+    decay, no_decay = weight_decay_groups(model, config.weight_decay_rule)
+    groups = [
+        {"params": [p for _, p in named if p.requires_grad], "weight_decay": weight_decay}
+        for named, weight_decay in ((decay, config.weight_decay), (no_decay, 0.0))
+    ]
+    groups = [g for g in groups if g["params"]]
+    if not groups:
+        raise ConfigError(
+            "optimizer: no parameter is trainable under this recipe (train.bn_only with a net without BN?)"
+        )
+    if config.name == "sgd":
+        if config.backend == "apex":
+            return _apex_sgd(groups, config, lr)
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
+    if config.name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=lr, alpha=config.rmsprop_decay, momentum=config.momentum, eps=config.eps)
+    if config.name == "adam":
+        return torch.optim.Adam(groups, lr=lr, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=lr, eps=config.eps)
+
+
+def _apex_sgd(groups: list[dict], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """NVIDIA apex's fused SGD; the PyPI package that happens to be called apex is something else."""
+    try:
+        import apex
+    except ImportError as error:
+        raise ConfigError(
+            "optimizer.backend: apex needs NVIDIA apex built from source (its README: pip install with --cpp_ext "
+            "--cuda_ext); or write optimizer.backend: torch"
+        ) from error
+    try:
+        from apex.optimizers import FusedSGD
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer.backend: apex found {getattr(apex, '__file__', 'a package')}, which is not NVIDIA apex: the "
+            "package of that name on the Python index is unrelated. Remove it (pip uninstall apex) and build NVIDIA "
+            "apex from source, or write optimizer.backend: torch"
+        ) from error
+    return FusedSGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)

@@ -1,0 +1,260 @@
+"""Data parallelism: the process group, the DeepSpeed engine around the network, and the few collectives of a step.
+
+Everything that DeepSpeed would decide silently is said here explicitly. The attack never sees this module: it works on
+the twin (``twin.py``), because an ``autograd.grad`` through the engine would fire its gradient reduction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distributed_at.config import ParallelConfig, TrainConfig
+from distributed_at.engine.batching import BatchPlan
+from distributed_at.engine.launch import detect_rank, export_rendezvous
+from distributed_at.errors import ConfigError
+from distributed_at.models.norm import set_bn_mode
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the workers, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None  # gloo, for flags that must not wait for the GPU; None: the world
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def initialise_world(timeout_seconds: float = 1800.0) -> World:
+    """Join the process group that the launcher described; alone, make a group of one."""
+    found = detect_rank()
+    rank, local_rank, world_size = (found.rank, found.local_rank, found.world_size) if found else (0, 0, 1)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if torch.cuda.is_available():
+        # srun with --gpus-per-task shows one GPU to each task, which is then device 0
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        device, backend = torch.device("cpu"), "gloo"
+    if found is not None:
+        export_rendezvous(found)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None  # None: the world
+    return World(rank, world_size, local_rank, device, cast("dist.ProcessGroup | None", control))
+
+
+def shutdown_world(*, together: bool = True) -> None:
+    """Leave the process group; without it gloo aborts at exit and a finished job looks failed.
+
+    ``together``: all ranks come here, so they wait for each other. After a failure of this rank alone nobody is waited
+    for, and NCCL's communicator is left to the process's end, because taking it down can block.
+    """
+    if not dist.is_initialized():
+        return
+    if together:
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+    elif "nccl" in str(dist.get_backend_config()):
+        return
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all ranks (float64 scalars of logging, flattened BN buffers)."""
+    if world.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_all(value: T, world: World) -> list[T]:
+    """Return every rank's small object, in rank order, on all ranks."""
+    if world.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * world.world_size
+    dist.all_gather_object(found, value, group=world.control)
+    return found
+
+
+def deepspeed_available() -> bool:
+    """Whether DeepSpeed can be imported here."""
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def deepspeed_config(plan: BatchPlan, parallel: ParallelConfig) -> dict[str, Any]:
+    """Return DeepSpeed's JSON with every value that matters to the mathematics written out.
+
+    ``gradient_clipping`` has a silent default of 1.0, and unknown top-level keys are accepted silently; so nothing of
+    a user's ever reaches this dictionary unchecked.
+    """
+    return {
+        "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "overlap_comm": parallel.overlap_comm and torch.cuda.is_available(),
+            "reduce_bucket_size": parallel.reduce_bucket_size,
+            "allgather_bucket_size": parallel.reduce_bucket_size,
+            "contiguous_gradients": True,
+            "round_robin_gradients": False,
+        },
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "prescale_gradients": False,
+    }
+
+
+class SingleProcessEngine:
+    """What one process needs of an engine where DeepSpeed is absent: the same calls, plain torch underneath."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self._accumulation = accumulation
+        self._micro_step = 0
+        self._step_applied = True
+
+    def was_step_applied(self) -> bool:
+        return self._step_applied
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss / self._accumulation).backward()
+
+    def step(self) -> None:
+        self._micro_step += 1
+        if self._micro_step % self._accumulation:
+            return
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # as ZeRO 1 and 2: a non-finite gradient skips the step
+        self._step_applied = all(bool(torch.isfinite(g).all()) for g in gradients)
+        if self._step_applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class TrainingEngine:
+    """The network behind data parallelism: forward by branch and BN mode, one backward a micro-step, one step."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        plan: BatchPlan,
+        parallel: ParallelConfig,
+        train: TrainConfig,
+        world: World,
+    ) -> None:
+        self.world = world
+        self.engine = _wrap(module, optimizer, plan, parallel, world)
+        self.module: nn.Module = self.engine.module
+        self.optimizer = self.engine.optimizer
+        self.frozen_bn = False
+        self._autocast_dtype = torch.bfloat16 if train.precision == "bf16" else None
+
+    def freeze_bn(self) -> None:
+        """From now on BN normalises with its running statistics; affine parameters go on training (facts 2.6)."""
+        self.frozen_bn = True
+        set_bn_mode(self.module, "eval")
+
+    def unfreeze_bn(self) -> None:
+        """Undo ``freeze_bn``: the run went back to a step before it."""
+        self.frozen_bn = False
+        set_bn_mode(self.module, "train")
+
+    @property
+    def step_applied(self) -> bool:
+        """Whether the last step moved the weights: ZeRO 1 and 2, and one process, skip a gradient that is not finite."""
+        return bool(self.engine.was_step_applied())
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @contextlib.contextmanager
+    def _bn(self, mode: Literal["train", "batch"]) -> Iterator[None]:
+        if self.frozen_bn or mode == "train":
+            yield
+            return
+        set_bn_mode(self.module, mode)
+        try:
+            yield
+        finally:
+            set_bn_mode(self.module, "train")
+
+    def forward(
+        self, x: torch.Tensor, branch: str = "adv", bn: Literal["train", "batch"] = "train", grad: bool = True
+    ) -> torch.Tensor:
+        """Return logits (N, K) in float32; ``bn='batch'`` leaves running statistics alone, ``grad=False`` the weights."""
+        with self._bn(bn), self._autocast():
+            if grad:
+                logits = self.engine(x, branch=branch)
+            else:
+                with torch.no_grad():  # past the engine: nothing may wait for a backward that never comes
+                    logits = self.module(x, branch=branch)
+        return logits.float()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, dtype=self._autocast_dtype)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        self.engine.step()
+
+
+def _wrap(
+    module: nn.Module, optimizer: torch.optim.Optimizer, plan: BatchPlan, parallel: ParallelConfig, world: World
+) -> Any:
+    if not deepspeed_available():
+        if world.world_size > 1:
+            raise ConfigError(
+                f"{world.world_size} workers need DeepSpeed, which is not installed here: pip install deepspeed"
+            )
+        return SingleProcessEngine(module, optimizer, plan.accumulation)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it sets its own level when imported
+
+    if world.device.type == "cpu":
+        # Its shared-memory all-reduce serves inference alone, and building it would ask every user for a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_config(plan, parallel), dist_init_required=False
+    )
+    return engine

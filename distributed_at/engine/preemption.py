@@ -1,0 +1,147 @@
+"""Stop signals (time limit, preemption, cancel): heard at once by a thread, acted on by all ranks at one step boundary.
+
+Python's own handlers do not run while the main thread waits in a collective; a thread in ``sigwait`` hears at once.
+Import and call ``prepare_process`` before torch, because threads inherit the mask of blocked signals: this module
+imports torch only where ranks talk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_SECOND_SIGNAL = 128 + signal.SIGTERM  # 143: left at once, nothing saved
+_PR_SET_PDEATHSIG = 1
+
+
+def prepare_process() -> None:
+    """Call first in a worker, before torch is imported: block the stop signals and die with the launcher."""
+    block_signals()
+    die_with_parent()
+
+
+def block_signals() -> None:
+    """Keep the stop signals from killing this process; a ``StopListener`` then takes them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def unblock_signals() -> None:
+    """For a child between fork and exec (``preexec_fn``): it must stay terminable."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def die_with_parent(sent: signal.Signals = signal.SIGKILL) -> bool:
+    """Ask the kernel to send ``sent`` when the parent dies, so that a killed launcher leaves no worker that goes on writing.
+
+    Returns whether the kernel agreed (Linux alone). A parent that died before the call is noticed too.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(sent), 0, 0, 0) == 0:
+            if os.getppid() != parent:
+                os.kill(os.getpid(), sent)
+            return True
+    return False
+
+
+class StopListener:
+    """Waits for stop signals in a thread of its own.
+
+    ``on_first(name)`` runs once in that thread (keep it short: a line of log). A SIGTERM ``grace_seconds`` or more after
+    the first signal means that somebody insists: the process leaves at once with ``EXIT_SECOND_SIGNAL``. Repeats
+    within the grace are the same request, because schedulers and launchers both forward it; SIGUSR1 never insists.
+    """
+
+    def __init__(self, *, on_first: Callable[[str], None] | None = None, grace_seconds: float = 3.0) -> None:
+        self._on_first = on_first
+        self._grace_seconds = grace_seconds
+        self._first: signal.Signals | None = None
+        self._first_time = 0.0
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    def start(self) -> StopListener:
+        """Begin to listen. Signals sent since ``block_signals`` are not lost. Call it in the main thread."""
+        block_signals()
+        self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stop listening; the signals stay blocked, so that none can kill a process that is saving its last results."""
+        self._closing = True
+        if self._thread is not None and self._thread.is_alive():
+            signal.pthread_kill(self._thread.ident, signal.SIGUSR1)  # type: ignore[arg-type]
+            self._thread.join(timeout=5.0)
+
+    @property
+    def requested(self) -> str | None:
+        """Name of the first stop signal that this rank received, or None."""
+        return self._first.name if self._first is not None else None
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to stop; the ranks must agree before any of them acts (``agree_to_stop``)."""
+        return self._first is not None
+
+    def _listen(self) -> None:
+        while True:
+            received = signal.Signals(signal.sigwait(STOP_SIGNALS))
+            if self._closing:
+                return
+            now = time.monotonic()
+            if self._first is None:
+                self._first, self._first_time = received, now
+                if self._on_first is not None:
+                    with contextlib.suppress(Exception):
+                        self._on_first(received.name)
+            elif received == signal.SIGTERM and now - self._first_time >= self._grace_seconds:
+                os._exit(EXIT_SECOND_SIGNAL)
+
+
+_listener: StopListener | None = None
+
+
+def start_listening(*, on_first: Callable[[str], None] | None = None, grace_seconds: float = 3.0) -> StopListener:
+    """Start this process's one listener, or return it where it runs already."""
+    global _listener
+    if _listener is None:
+        _listener = StopListener(on_first=on_first, grace_seconds=grace_seconds).start()
+    return _listener
+
+
+def stop_requested() -> bool:
+    """Whether this process's listener heard a stop signal."""
+    return _listener is not None and _listener.stop_requested()
+
+
+def agree_to_stop(stop: bool, *, group: Any = None) -> bool:
+    """Whether any rank was asked to stop; all ranks call it at the same step boundary and get the same answer."""
+    return bool(agree_max([int(stop)], group=group)[0])
+
+
+def agree_max(flags: Sequence[int], *, group: Any = None) -> list[int]:
+    """Element-wise maximum over all ranks of small integers: stop, save now, a clock of rank 0, all in one exchange.
+
+    ``group``: preferably a gloo group, so that no flag waits for the GPU. Without a process group, the flags themselves.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(flags)
+    device = "cpu"
+    if "gloo" not in str(dist.get_backend_config(group)):
+        device = f"cuda:{torch.cuda.current_device()}"
+    values = torch.tensor(list(flags), dtype=torch.int64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return [int(v) for v in values.tolist()]

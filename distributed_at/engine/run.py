@@ -1,0 +1,162 @@
+"""One worker's life: process group, lock, run folder, parts, training, and a clean way out with the right exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from distributed_at.config import RunConfig
+from distributed_at.engine.builder import build_parts
+from distributed_at.engine.checkpoint import CheckpointManager
+from distributed_at.engine.checkpoint_ranks import first_line
+from distributed_at.engine.failures import lost_rank, rank_and_host, write_failure
+from distributed_at.engine.parallel import World, initialise_world, shutdown_world
+from distributed_at.engine.preemption import start_listening
+from distributed_at.engine.resume import Checkpoints
+from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runlock import RunLock
+from distributed_at.engine.trainer import Outcome, Trainer
+from distributed_at.engine.validation import Validator
+from distributed_at.engine.watchdog import Watchdog, section_timeouts
+from distributed_at.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE, UserError
+from distributed_at.observe.console import ConsoleView
+from distributed_at.observe.environment import collect_environment, write_environment
+from distributed_at.observe.events import EventLog, View, next_restart
+from distributed_at.observe.wandb import WandbView
+
+
+def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, quiet: bool = False) -> int:
+    """Train on this rank; return the exit code that every rank ends with."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    stop = start_listening()  # a long set-up must be stoppable too
+    world = initialise_world(config.parallel.timeout_seconds)
+    lock: RunLock | None = None
+    events: EventLog | None = None
+    watchdog: Watchdog | None = None
+    together = False
+    try:
+        lock = _enter_folder(world, config, folder, fresh)
+        watchdog = Watchdog(folder.logs, rank=world.rank, timeouts=section_timeouts(config.parallel.timeout_seconds))
+        events = _open_events(world, config, folder, quiet)
+        with watchdog.section("setup"):
+            outcome = _train(world, config, folder, events, watchdog, stop.stop_requested)
+        together = True
+    finally:
+        if watchdog is not None:
+            watchdog.close()
+        if events is not None:
+            events.close()
+        if lock is not None:
+            lock.release()
+        shutdown_world(together=together)
+    return EXIT_REQUEUE if outcome.reason == "stopped" else EXIT_OK
+
+
+def run_worker(config: RunConfig, folder: RunFolder, *, fresh: bool = False, quiet: bool = False) -> int:
+    """``run_training`` as a process of its own: tells what went wrong and ends at once with the right exit code.
+
+    After a failure nothing is tidied: other ranks may wait in a collective until this process is gone.
+    """
+    try:
+        return run_training(config, folder, fresh=fresh, quiet=quiet)
+    except UserError as error:
+        code, told = error.exit_code, f"distributed-at: error: {error}"
+    except Exception as error:
+        path = write_failure(folder.logs)
+        if lost_rank(error):
+            code = EXIT_HANG
+            told = f"distributed-at: error: rank {rank_and_host()} lost another rank: {first_line(error)} (see {path})"
+        else:
+            code, told = 1, traceback.format_exc()
+    print(told, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    logging.shutdown()
+    os._exit(code)
+
+
+def _enter_folder(world: World, config: RunConfig, folder: RunFolder, fresh: bool) -> RunLock | None:
+    """Take the run's lock and prepare its folder on rank 0; a refusal there ends every rank with the same message."""
+    import torch.distributed as dist
+
+    refusal: UserError | None = None
+    lock: RunLock | None = None
+    if world.is_main:
+        try:
+            folder.check(config)
+            lock = RunLock(folder.root).acquire()
+            folder.prepare(config)
+            if fresh:
+                folder.set_aside()
+        except UserError as error:
+            refusal = error
+    told: list[Any] = [refusal]
+    dist.broadcast_object_list(told, src=0, group=world.control)
+    if told[0] is not None:
+        if lock is not None:
+            lock.release()
+        raise told[0]
+    return lock
+
+
+def _open_events(world: World, config: RunConfig, folder: RunFolder, quiet: bool) -> EventLog:
+    if not world.is_main:
+        return EventLog(folder.root, enabled=False)
+    restart = next_restart(folder.root)
+    write_environment(folder.root, collect_environment(restart=restart, world_size=world.world_size))
+    views: list[View] = (
+        [] if quiet else [ConsoleView(file=sys.stderr, name=config.name, total_epochs=config.train.epochs)]
+    )
+    if config.log.wandb != "off":
+        views.append(
+            WandbView(
+                folder.root,
+                mode=config.log.wandb,
+                name=config.name,
+                project=config.log.wandb_project,
+                entity=config.log.wandb_entity,
+                tags=config.log.tags,
+                config=config.model_dump(mode="json"),
+            )
+        )
+    return EventLog(folder.root, restart=restart, views=views)
+
+
+def _train(
+    world: World,
+    config: RunConfig,
+    folder: RunFolder,
+    events: EventLog,
+    watchdog: Watchdog,
+    stop_requested: Callable[[], bool],
+) -> Outcome:
+    parts = build_parts(config, world, folder)
+
+    def on_checkpoint_event(kind: str, fields: dict[str, Any]) -> None:
+        step = int(fields.pop("step", 0))
+        events.write(kind, step=step, epoch=step / parts.order.steps_per_epoch, **fields)
+        events.sync()
+
+    manager = CheckpointManager(
+        folder.checkpoints,
+        keep=config.checkpoint.keep,
+        keep_every_epochs=config.checkpoint.keep_every_epochs,
+        on_event=on_checkpoint_event,
+        timeout_seconds=config.parallel.timeout_seconds,
+    )
+    validator = Validator(config, world) if config.evaluation.validation else None
+    trainer = Trainer(
+        parts,
+        Checkpoints(manager, config.checkpoint),
+        validator,
+        events,
+        stop_requested=stop_requested,
+        watch=watchdog.section,
+    )
+    try:
+        return trainer.run()
+    finally:
+        manager.close()

@@ -1,0 +1,146 @@
+"""Learning rate and attack radius as pure functions of the optimiser step; nothing here keeps state.
+
+Times in a recipe are epochs. Step s (from 0) of an epoch of n steps happens at epoch s / n; the Bag-of-tricks code
+counts (s + 1) / n instead, which is why its drops come one iteration early (``boundary: last_iteration``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from distributed_at.config import AttackConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from distributed_at.engine.batching import total_steps
+
+# Milestones and warm-up ends are products like 99.5 * 391; this absorbs their rounding, far below one step.
+_TOLERANCE = 1e-6
+
+
+def base_learning_rate(optimizer: OptimizerConfig, batch_size: int) -> float:
+    """Return the rate after warm-up: ``lr``, or ``lr * batch_size / lr_per`` (Goyal et al. 2017).
+
+    Xie & Yuille's code computes ``0.1 * (batch_size // 256)`` with integer division. Both agree for every multiple
+    of 256, which all rows of the paper are; below 256 that code trains with rate 0, and this function does not.
+    """
+    return optimizer.lr if optimizer.lr_per is None else optimizer.lr * batch_size / optimizer.lr_per
+
+
+def learning_rate(
+    step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int
+) -> float:
+    """Rate of optimiser step ``step`` (from 0) in a run of ``num_steps`` steps."""
+    if _warming_up(step, schedule.warmup_epochs, schedule.warmup_form, steps_per_epoch):
+        if schedule.warmup_form == "overshoot":
+            return base_lr * _overshoot(step, steps_per_epoch, schedule.warmup_epochs)
+        start = schedule.warmup_start or 0.0
+        return start + (base_lr - start) * step / (schedule.warmup_epochs * steps_per_epoch)
+    if schedule.name == "constant":
+        return base_lr
+    if schedule.name == "piecewise":
+        return base_lr * schedule.factor ** _drops(step, schedule, steps_per_epoch)
+    if schedule.name == "exponential":
+        return base_lr * schedule.factor ** math.floor(step / (schedule.decay_every * steps_per_epoch) + _TOLERANCE)
+    if schedule.name == "cosine":
+        first = schedule.warmup_epochs * steps_per_epoch
+        progress = min(1.0, (step - first) / max(1.0, num_steps - first))
+        return schedule.final_lr + (base_lr - schedule.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return _cyclic(step, schedule, base_lr, steps_per_epoch, num_steps)
+
+
+def _drops(step: int, schedule: ScheduleConfig, steps_per_epoch: int) -> int:
+    """Milestones passed. 'after': the first step of the epoch after the milestone is the first to be slower.
+
+    Xie & Yuille: "after completing epoch 35", so the 36th epoch is the first slow one. Bag-of-tricks code
+    (lr_schedule): t = epoch + (i + 1) / len(loader), so the last iteration before the milestone is.
+    """
+    shift = 1 if schedule.boundary == "last_iteration" else 0
+    return sum(step + shift >= milestone * steps_per_epoch - _TOLERANCE for milestone in schedule.milestones)
+
+
+def _warming_up(step: int, epochs: float, form: str, steps_per_epoch: int) -> bool:
+    """'overshoot' tests t = (s + 1) / n as its code does, so it ends one iteration before 'linear'."""
+    return step + (form == "overshoot") < epochs * steps_per_epoch - _TOLERANCE
+
+
+def _overshoot(step: int, steps_per_epoch: int, epochs: float) -> float:
+    """Bag-of-tricks warm-up (t + 1) / n: begins near 1 / n and peaks near (n + 1) / n before it snaps back to 1."""
+    return ((step + 1) / steps_per_epoch + 1.0) / epochs
+
+
+def _cyclic(step: int, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
+    """One triangle from ``final_lr`` up to the rate and back (Wong et al. 2020: 0 -> 0.2 -> 0)."""
+    peak = num_steps / 2 if schedule.peak_epoch is None else schedule.peak_epoch * steps_per_epoch
+    height = step / peak if step < peak else (num_steps - step) / max(1.0, num_steps - peak)
+    return schedule.final_lr + (base_lr - schedule.final_lr) * min(1.0, max(0.0, height))
+
+
+def eps_scale(step: int, *, attack: AttackConfig, steps_per_epoch: int) -> float:
+    """Factor on ``attack.eps`` at a training step; may exceed 1 with the 'overshoot' form. The step size stays."""
+    if not _warming_up(step, attack.eps_warmup_epochs, attack.eps_warmup_form, steps_per_epoch):
+        return 1.0
+    if attack.eps_warmup_form == "overshoot":
+        return _overshoot(step, steps_per_epoch, attack.eps_warmup_epochs)
+    return step / (attack.eps_warmup_epochs * steps_per_epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedules:
+    """A recipe's schedules bound to its number of steps.
+
+    Attributes:
+        steps_per_epoch: optimiser steps of one epoch.
+        num_steps: optimiser steps of the run.
+        base_lr: rate after warm-up and batch scaling.
+    """
+
+    schedule: ScheduleConfig
+    attack: AttackConfig | None
+    base_lr: float
+    steps_per_epoch: int
+    num_steps: int
+
+    @classmethod
+    def from_config(cls, config: RunConfig, steps_per_epoch: int) -> Schedules:
+        """Bind the schedules of ``config`` to ``steps_per_epoch``."""
+        return cls(
+            schedule=config.schedule,
+            attack=config.attack,
+            base_lr=base_learning_rate(config.optimizer, config.train.batch_size),
+            steps_per_epoch=steps_per_epoch,
+            num_steps=total_steps(config.train.epochs, steps_per_epoch),
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of optimiser step ``step`` (from 0)."""
+        return learning_rate(
+            step,
+            schedule=self.schedule,
+            base_lr=self.base_lr,
+            steps_per_epoch=self.steps_per_epoch,
+            num_steps=self.num_steps,
+        )
+
+    def eps(self, step: int) -> float:
+        """Training radius of optimiser step ``step`` in /255; 0 without an attack."""
+        if self.attack is None:
+            return 0.0
+        return self.attack.eps * eps_scale(step, attack=self.attack, steps_per_epoch=self.steps_per_epoch)
+
+    def epoch(self, step: int) -> float:
+        """Epoch, as a fraction, at which step ``step`` happens."""
+        return step / self.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the learning rate's warm-up."""
+        return round(self.schedule.warmup_epochs * self.steps_per_epoch)
+
+    def key_steps(self) -> list[int]:
+        """Steps at which the rate is worth printing: the first, the end of warm-up, around each drop, the last."""
+        steps = {0, self.warmup_steps, self.num_steps - 1}
+        for milestone in self.schedule.milestones:
+            first = math.ceil(milestone * self.steps_per_epoch - _TOLERANCE)
+            steps |= {first - 2, first - 1, first}
+        if self.schedule.name in ("cosine", "exponential", "cyclic"):
+            steps |= {round(self.num_steps * share) for share in (0.25, 0.5, 0.75)}
+        return sorted(s for s in steps if 0 <= s < self.num_steps)

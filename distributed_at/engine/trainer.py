@@ -1,0 +1,302 @@
+"""The training loop: data -> attack -> objective -> backward -> step -> events -> checkpoint and evaluation.
+
+One step is a pure function of (weights, step number, recipe); everything that the loop keeps between steps is in
+``TrainerState``. Building the parts is ``builder.py``; this file only runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from distributed_at.engine.builder import Parts
+from distributed_at.engine.clock import StepClock
+from distributed_at.engine.microbatches import MicroBatch, MicroBatches
+from distributed_at.engine.nonfinite import (
+    FINE,
+    GRADIENT,
+    LOSS,
+    SPIKE,
+    WORDS,
+    NonfiniteGuard,
+    offending_ids,
+)
+from distributed_at.engine.parallel import gather_all, sum_over_ranks
+from distributed_at.engine.preemption import agree_max
+from distributed_at.engine.progress import EarlyStopping, Meters
+from distributed_at.engine.resume import Checkpoints
+from distributed_at.engine.validation import Validator
+from distributed_at.engine.watchdog import StepTimes
+from distributed_at.errors import CheckpointError, DivergedError
+from distributed_at.objectives import Terms
+from distributed_at.observe.events import EventLog
+
+SLOW_SECONDS = 0.02  # a rank that is later by less holds nobody up
+
+
+@dataclass
+class TrainerState:
+    """What a checkpoint holds beside tensors."""
+
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: 'finished', 'stopped' (asked to, saved) or 'early' (no progress on held-out images)."""
+
+    reason: str
+    step: int
+
+
+class Trainer:
+    """Runs a recipe from where its folder stands to its end, or to the next polite request to stop."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        checkpoints: Checkpoints,
+        validator: Validator | None,
+        events: EventLog | None,
+        *,
+        stop_requested: Callable[[], bool] = lambda: False,
+        on_step: Callable[[int], None] = lambda step: None,
+        watch: Callable[[str], AbstractContextManager[None]] = lambda section: nullcontext(),
+    ) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.world = parts.world
+        self.state = TrainerState()
+        self.early = EarlyStopping(parts.config.train, parts.config.evaluation)
+        self._checkpoints = checkpoints
+        self._validator = validator
+        self._events = events
+        self._stop_requested = stop_requested
+        self._on_step = on_step
+        self._watch = watch
+        self._clock = StepClock(parts.world.device)
+        self._times = StepTimes()
+        self._slow: set[int] = set()
+        self.meters = Meters(parts.world.device)
+        self.guard = NonfiniteGuard(parts.config.train, weights_stay=parts.skips_nonfinite)
+
+    def run(self) -> Outcome:
+        """Train to the end of the recipe, resuming from the folder's newest good checkpoint."""
+        p = self.parts
+        resumed = self._checkpoints.resume(self)
+        self.meters.start_at(self.state.step)
+        started_from = {} if p.initial_weights is None else {"initial_weights": p.initial_weights}
+        self._event(
+            "restart" if resumed else "run_start",
+            world_size=self.world.world_size,
+            total_steps=p.total_steps,
+            **started_from,
+        )
+        if not resumed and self.config.train.on_nonfinite == "rollback":
+            self._checkpoints.save_if_due(self, force=True)  # something to go back to from the first step on
+        while (reason := self._loop()) == "rollback":
+            self._go_back()
+        if self._checkpoints.failure is not None and reason != "stopped":
+            raise CheckpointError(
+                f"training has come to its end, but its last checkpoint could not be written: {self._checkpoints.failure}. "
+                "Make room and give the same command again: it repeats the steps since the checkpoint before."
+            )
+        self._event("run_end", reason=reason)
+        return Outcome(reason, self.state.step)
+
+    def _loop(self) -> str:
+        p = self.parts
+        first = self.state.step
+        batches = MicroBatches(
+            p.source,
+            p.order,
+            p.plan,
+            rank=self.world.rank,
+            device=self.world.device,
+            seed=self.config.seed,
+            first_step=first,
+            last_step=p.total_steps,
+            prefetch=self.config.data.prefetch,
+        )
+        try:
+            for step in range(first, p.total_steps):
+                if self.early.should_stop:  # a resumed run had stopped already
+                    return "early"
+                self._on_step(step)
+                with self._watch("setup" if step == first else "step"):  # the first step may compile
+                    stop, back = self._step(batches, step)
+                    if not back:
+                        self._log_if_due(step)
+                if back or not self._finish_step(stop):
+                    return "rollback"
+                if stop:
+                    return "stopped"
+            return "early" if self.early.should_stop else "finished"
+        finally:
+            batches.close()
+            with self._watch("checkpoint"):
+                self._checkpoints.wait()
+
+    def _step(self, batches: MicroBatches, step: int) -> tuple[bool, bool]:
+        """Compute one step; return whether all ranks are to stop after it, and whether they are to go back."""
+        p = self.parts
+        with self._clock.section("data"):
+            micros = batches.next_step()
+        p.start_step(step)
+        passed_over = step in self.guard.skipped
+        done = [] if passed_over else [self._micro_step(index, micro, step) for index, micro in enumerate(micros)]
+        with self._clock.section("communication"):
+            stop, bad = self._agree(done, micros)
+        back = False
+        if bad:
+            p.buffers.restore()
+            back = self._judge(done, micros, step, WORDS[bad])
+        elif not passed_over:
+            self._after_step(micros, step)
+            with self._clock.section("communication"):
+                p.buffers.finish_step()
+            self.guard.passed()
+        self.state.step = step + 1
+        return stop, back
+
+    def _finish_step(self, stop: bool) -> bool:
+        """Evaluate and save where it is due; False where the weights turned out not to be finite."""
+        with self._watch("evaluation"):
+            self._validate_if_due()
+        finished = self.state.step == self.parts.total_steps
+        with self._clock.section("checkpoint"), self._watch("checkpoint"):
+            saved = self._checkpoints.save_if_due(self, force=stop or finished or self.early.should_stop)
+        if not saved:
+            self._event("nonfinite", at_step=self.state.step - 1, what="weights", sample_ids=[])
+            self.guard.failed(self.state.step - 1, "weight", weights_stay=False)
+        return saved
+
+    def _go_back(self) -> None:
+        """Load the last good checkpoint; the steps in ``guard.skipped`` are then passed over."""
+        failed_at = self.state.step
+        if not self._checkpoints.resume(self):
+            raise DivergedError(f"a step before {failed_at} is not finite and there is no checkpoint to go back to")
+        self.guard.check_progress(self.state.step)
+        self.meters.start_at(self.state.step)
+        self._event("rollback", from_step=failed_at, skipped=sorted(self.guard.skipped))
+
+    def _micro_step(self, index: int, micro: MicroBatch, step: int) -> Terms:
+        """Attack, objective, backward of one micro-batch; the optimiser steps at the last one."""
+        p, batch = self.parts, micro.batch
+        if index == 0:
+            p.buffers.begin_step()
+        p.buffers.begin_group()
+        adv = None
+        if p.attack is not None:
+            with self._clock.section("attack"):
+                assert p.twin is not None
+                if index == 0:
+                    p.twin.refresh()  # the optimiser, or a resume, has changed the weights
+                adv = p.attack.perturb(
+                    p.twin,
+                    batch.images,
+                    batch.labels,
+                    sample_ids=batch.ids,
+                    epoch=batch.epoch,
+                    seed=self.config.seed,
+                    group_ids=batch.group_ids,
+                    eps=p.schedules.eps(step) / 255.0,
+                    iteration=p.iteration,
+                )
+        with self._clock.section("train"):
+            terms = p.objective.loss(p.engine.forward, batch, adv)
+            # DeepSpeed averages over W * k equal forwards; this weight makes it the mean over the batch's samples.
+            scale = micro.weight * p.plan.world_size * p.plan.accumulation
+            loss = terms.loss * scale if micro.weight else torch.nan_to_num(terms.loss) * 0.0
+            p.engine.backward(loss)
+            p.engine.step()
+        p.buffers.end_group(micro.weight)
+        if micro.weight:
+            self.meters.add(terms, batch.labels)
+        return replace(terms, loss=terms.loss.detach())
+
+    def _after_step(self, micros: list[MicroBatch], step: int) -> None:
+        """What an objective does with the new weights, group by group, and the average of weights."""
+        p = self.parts
+        if p.objective.has_after_step:
+            with self._clock.section("train"):
+                for index, micro in enumerate(micros):
+                    p.buffers.resume_group(index)
+                    p.objective.after_step(p.engine.forward, micro.batch)
+                    p.buffers.update_group(index)
+        if p.average is not None:
+            p.average.update(step)
+
+    def _agree(self, done: list[Terms], micros: list[MicroBatch]) -> tuple[bool, int]:
+        """Agree over ranks: is any asked to stop, and did anything of this step go wrong (``nonfinite``'s codes)?"""
+        bad = FINE
+        if done and not bool(torch.isfinite(torch.stack([terms.loss.float() for terms in done])).all()):
+            bad = LOSS
+        elif done and not self.parts.engine.step_applied:
+            bad = GRADIENT
+        stop, bad = agree_max([int(self._stop_requested()), bad], group=self.world.control)
+        if done and not bad and self.guard.watches_jumps:
+            own = sum(terms.loss.double() * micro.weight for terms, micro in zip(done, micros, strict=True))
+            if self.guard.jumps(float(sum_over_ranks(self.world, torch.as_tensor(own)))):
+                bad = SPIKE
+        return bool(stop), bad
+
+    def _judge(self, done: list[Terms], micros: list[MicroBatch], step: int, what: str) -> bool:
+        """Record a bad step with its samples; return whether to go back. Raises DivergedError where that is the end."""
+        ids = gather_all(offending_ids(done, [micro.batch.ids for micro in micros]), self.world)
+        self._event("nonfinite", at_step=step, what=what, sample_ids=[i for own in ids for i in own])
+        return self.guard.failed(step, what) == "rollback"
+
+    def _log_if_due(self, step: int) -> None:
+        if (step + 1) % self.config.log.every_steps == 0 or step + 1 == self.parts.total_steps:
+            self._log_step(step)
+
+    def _log_step(self, step: int) -> None:
+        p = self.parts
+        seconds, wall = self._clock.collect()
+        values = self.meters.collect(lambda t: sum_over_ranks(self.world, t))
+        steps = self.meters.steps_since(step)
+        self._event(
+            "train",
+            **values,
+            lr=p.schedules.learning_rate(step),
+            eps=p.schedules.eps(step) if p.attack is not None else 0.0,
+            images_per_second=steps * p.plan.batch_size / max(wall, 1e-9),
+            seconds=seconds,
+            wall_seconds=wall,
+            total_steps=p.total_steps,
+        )
+        self._times.record((seconds["data"] + seconds["attack"]) / max(steps, 1))  # before the step's first collective
+        self._name_slow_ranks()
+
+    def _name_slow_ranks(self) -> None:
+        """Warn where other ranks than before hold the step up."""
+        slow = self._times.stragglers(group=self.world.control, least=SLOW_SECONDS)
+        if {s.rank for s in slow} != self._slow:
+            self._slow = {s.rank for s in slow}
+            told = ", ".join(f"rank {s.rank} on {s.host} ({s.ratio:.1f} times the median)" for s in slow)
+            message = f"slow ranks hold every step up: {told}" if slow else "no rank is slow any more"
+            self._event("warning", code="slow_ranks", message=message)
+
+    def _validate_if_due(self) -> None:
+        steps_per_epoch = self.parts.order.steps_per_epoch
+        if self._validator is None or not self._validator.is_due(
+            self.state.step, steps_per_epoch, self.parts.total_steps
+        ):
+            return
+        with self._clock.paused():  # an evaluation is not part of a step's time
+            results = self._validator.run(self.parts)
+        for result in results:
+            self._event("evaluation", **result.event())
+        improved = self.early.update(self.state.step, results, steps_per_epoch)
+        if improved:
+            self._checkpoints.mark_best(self, self.early.best)
+
+    def _event(self, kind: str, **fields: object) -> None:
+        if self._events is not None:
+            self._events.write(
+                kind, step=self.state.step, epoch=self.state.step / self.parts.order.steps_per_epoch, **fields
+            )

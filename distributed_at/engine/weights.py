@@ -1,0 +1,68 @@
+"""The network of a finished run: its recipe, one checkpoint's weights, and nothing of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from distributed_at.config import RunConfig
+from distributed_at.engine.builder import build_network
+from distributed_at.engine.checkpoint import CheckpointManager
+from distributed_at.engine.checkpoint_state import BUFFER, EMA, MODEL
+from distributed_at.engine.runfolder import RunFolder
+from distributed_at.errors import CheckpointError
+
+Choice = Literal["auto", "best", "last"]
+
+
+def find_checkpoint(folder: RunFolder, manager: CheckpointManager, which: str) -> Path:
+    """Return the checkpoint that ``which`` names: 'best', 'last', or a folder under ``checkpoints/``.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    if which == "best":
+        best = manager.best()
+        if best is None:
+            raise CheckpointError(
+                f"{folder.root} has no best checkpoint: its recipe says train.select: last; use --checkpoint last"
+            )
+        return best
+    if which == "last":
+        last = manager.latest_good()
+        if last is None:
+            raise CheckpointError(f"{folder.root} has no checkpoint yet; train it first")
+        return last
+    for candidate in (Path(which), folder.checkpoints / which):
+        if candidate.is_dir():
+            return candidate
+    raise CheckpointError(
+        f"no checkpoint {which!r} in {folder.checkpoints}: give 'best', 'last' or a step_XXXXXXXX folder"
+    )
+
+
+def load_network(
+    config: RunConfig, manager: CheckpointManager, path: Path, *, num_classes: int, average: bool = True
+) -> nn.Module:
+    """Return the network with a checkpoint's weights, on the CPU and in eval mode.
+
+    ``average``: use the averaged weights where the recipe keeps them (facts 4.1).
+    """
+    module = build_network(config, num_classes)
+    averaged = average and config.train.ema is not None
+    names = set(dict(module.named_parameters()))
+    if averaged and config.train.ema is not None and config.train.ema.buffers == "average":
+        names |= {n for n, b in module.named_buffers() if b.is_floating_point()}
+    persistent = module.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in persistent.items():
+        if name in dict(module.named_parameters()) or name in names:
+            tensors[(EMA if averaged and name in names else MODEL) + name] = tensor
+        else:
+            tensors[BUFFER + name] = tensor
+    manager.load(path, tensors)
+    module.load_state_dict(persistent)
+    return module.eval()
