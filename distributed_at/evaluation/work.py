@@ -1,0 +1,130 @@
+"""From sample ids to rows: read, predict, attack, judge. Which ids, where and how often is ``runner.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distributed_at.errors import ConfigError
+from distributed_at.evaluation.autoattack import run_autoattack
+from distributed_at.evaluation.outcome import Outcome
+from distributed_at.evaluation.pgd import run_pgd
+from distributed_at.evaluation.protocol import Protocol
+from distributed_at.evaluation.rows import CLEAN, SURVIVED, Rows
+from distributed_at.evaluation.source import Source
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_forward(model: nn.Module, protocol: Protocol, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return x (N, C, H, W) in [0, 1] -> logits (N, K) float32, on the protocol's branch and in its dtype."""
+    low = _AUTOCAST.get(protocol.dtype)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if low is None:
+            return model(x, branch=protocol.branch).float()
+        with torch.autocast(device.type, dtype=low):
+            return model(x, branch=protocol.branch).float()
+
+    return forward
+
+
+class Work:
+    """The model with everything that turns sample ids into rows."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        protocol: Protocol,
+        device: torch.device,
+        batch_size: int,
+        counts: tuple[int, ...] = (),
+    ) -> None:
+        """``counts``: fewer numbers of PGD steps whose rows ``rows`` makes as well."""
+        self.source, self.protocol, self.counts = source, protocol, counts
+        self.device, self.batch_size = device, batch_size
+        self.forward = make_forward(model, protocol, device)
+
+    def rows(self, ids: np.ndarray) -> Rows:
+        """Return the rows of ``ids`` (N,), which for AutoAttack are one whole chunk."""
+        return self.rows_by_steps(ids)[self.protocol.num_steps]
+
+    def rows_by_steps(self, ids: np.ndarray) -> dict[int, Rows]:
+        """Return number of steps -> rows of ``ids`` (N,): the protocol's own, and those of ``counts``."""
+        protocol = self.protocol
+        images, labels = self.source.read(ids, epoch=0, train=False, seed=0)
+        x = images.to(self.device).float().div_(255)  # (N, C, H, W), [0, 1]
+        y = labels.to(self.device)
+        with torch.no_grad():
+            logits = torch.cat([self.forward(part) for part in x.split(self.batch_size)])
+            loss = F.cross_entropy(logits, y, reduction="none").double()
+        clean = logits.argmax(1)
+        correct_clean = clean == y
+        chosen = torch.arange(len(y), device=self.device)
+        if protocol.scope == "clean_correct":
+            chosen = chosen[correct_clean]
+        outcomes: dict[int, Outcome | None] = {protocol.num_steps: None}
+        if protocol.kind != "clean":
+            on_the_way = {count: Outcome.unbroken(y[chosen]) for count in self.counts}
+            outcomes = {protocol.num_steps: self._attack(x, y, chosen, ids, on_the_way), **on_the_way}
+        return {
+            count: self._judged(ids, y, clean, correct_clean, loss, chosen, outcome)
+            for count, outcome in outcomes.items()
+        }
+
+    def _judged(
+        self,
+        ids: np.ndarray,
+        y: torch.Tensor,
+        clean: torch.Tensor,
+        correct_clean: torch.Tensor,
+        clean_loss: torch.Tensor,
+        chosen: torch.Tensor,
+        outcome: Outcome | None,
+    ) -> Rows:
+        """Return the rows of one outcome over the samples at ``chosen``; None = no attack."""
+        protocol = self.protocol
+        prediction, correct, loss = clean.clone(), correct_clean.clone(), clean_loss.clone()
+        hit = torch.zeros_like(correct)
+        broken_by = np.where(correct_clean.cpu().numpy(), SURVIVED, CLEAN).astype(object)
+        if outcome is not None:
+            prediction[chosen], loss[chosen], hit[chosen] = outcome.prediction, outcome.loss, outcome.target_hit
+            correct[chosen] = ~outcome.broken
+            names = np.array([*protocol.attacks, SURVIVED], dtype=object)[outcome.attack.cpu().numpy()]
+            still_clean = chosen.cpu().numpy()
+            broken_by[still_clean] = names
+            # what was wrong before the attack and stays wrong was not broken by it
+            broken_by[(~correct_clean & ~correct).cpu().numpy()] = CLEAN
+        return Rows(
+            sample_id=ids,
+            label=y.cpu().numpy(),
+            clean_prediction=clean.cpu().numpy(),
+            adv_prediction=prediction.cpu().numpy(),
+            correct_clean=correct_clean.cpu().numpy(),
+            correct_adv=correct.cpu().numpy(),
+            loss=loss.cpu().numpy(),
+            target_hit=hit.cpu().numpy(),
+            attack=broken_by.astype(np.str_),
+        )
+
+    def _attack(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        chosen: torch.Tensor,
+        ids: np.ndarray,
+        on_the_way: dict[int, Outcome],
+    ) -> Outcome:
+        if self.protocol.kind == "autoattack":
+            return run_autoattack(self.forward, x[chosen], y[chosen], chunk_ids=ids, protocol=self.protocol)
+        if self.protocol.kind == "pgd":
+            sample_ids = torch.from_numpy(ids).to(self.device)[chosen]
+            return run_pgd(
+                self.forward, x[chosen], y[chosen], ids=sample_ids, protocol=self.protocol, on_the_way=on_the_way
+            )
+        raise ConfigError(f"kind: {self.protocol.kind!r} is none of clean, pgd, autoattack")
