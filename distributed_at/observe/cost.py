@@ -1,0 +1,188 @@
+"""What adversarial training costs: forward-equivalents and FLOPs an image, MFU, GPU-hours, time left.
+
+One forward-equivalent is one forward pass of one image; FLOPs count a multiply-add as two. Elementwise work is not
+counted, as usual for MFU, so a memory-bound network shows a low MFU without anything being wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FORWARD = 1.0
+INPUT_GRADIENT = 1.0  # backward through the activations alone
+WEIGHT_GRADIENT = 1.0
+ATTACK_STEP = FORWARD + INPUT_GRADIENT
+TRAIN_PASS = FORWARD + INPUT_GRADIENT + WEIGHT_GRADIENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """Forward-equivalents of one training image: the attack's and the training passes'."""
+
+    attack: float
+    train: float
+
+    @property
+    def total(self) -> float:
+        """Both together."""
+        return self.attack + self.train
+
+
+def attack_units(num_steps: int, *, restarts: int = 1, loss: str = "ce") -> float:
+    """Return the forward-equivalents of a PGD attack on one image.
+
+    A step is a forward and an input gradient. Several restarts need one more forward each to pick the worst; the 'kl'
+    loss needs the clean prediction once.
+    """
+    choose = restarts * FORWARD if restarts > 1 else 0.0
+    return restarts * num_steps * ATTACK_STEP + choose + (FORWARD if loss == "kl" else 0.0)
+
+
+def recipe_units(recipe: Mapping[str, Any]) -> Units:
+    """Return the forward-equivalents that one training image costs under a resolved recipe (as ``recipe.yaml``).
+
+    standard 3; PGD-K 2K + 3; TRADES and full clean counterparts 2K + 6; a share of clean counterparts pays its share.
+    """
+    objective = recipe.get("objective") or {}
+    attack = recipe.get("attack") or {}
+    name = objective.get("name", "standard")
+    one_pass = TRAIN_PASS
+    if (recipe.get("model") or {}).get("activation_checkpointing"):
+        one_pass += FORWARD  # activations are computed a second time in the backward pass
+    spent = 0.0
+    if attack and name != "standard":
+        spent = attack_units(
+            int(attack.get("num_steps", 0)), restarts=int(attack.get("restarts", 1)), loss=attack.get("loss", "ce")
+        )
+    passes = one_pass
+    if name == "pgd_at":
+        passes += FORWARD * int(objective.get("bn_clean_updates_per_step", 0))
+    elif name == "trades":
+        passes += one_pass * (2 if objective.get("clean_forwards") == "twice" else 1)
+    elif name == "mixture":
+        passes += one_pass * float(objective.get("clean_ratio", 1.0))
+    return Units(attack=spent, train=passes)
+
+
+def forward_flops(model: Any, *, image_size: int, channels: int = 3) -> int:
+    """Return the FLOPs of one image's forward pass: convolutions and matrix products, 2 per multiply-add.
+
+    ``model`` lies on any device; on ``meta`` nothing is computed or stored.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameter = next(model.parameters())
+    images = torch.empty(1, channels, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    was_training = model.training
+    counter = FlopCounterMode(display=False)
+    try:
+        model.eval()
+        with torch.no_grad(), counter:
+            model(images)
+    finally:
+        model.train(was_training)
+    return int(counter.get_total_flops())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakRate:
+    """Dense peak rates of one GPU, FLOP/s, as its maker states them (figures 'with sparsity' halved)."""
+
+    name: str
+    half: float
+    tf32: float
+    fp32: float
+    source: str
+
+
+PEAK_RATES = (
+    PeakRate(name="B200", half=2250e12, tf32=1125e12, fp32=75e12, source="NVIDIA HGX B200 datasheet, per GPU"),
+    PeakRate(name="H200", half=989.5e12, tf32=494.7e12, fp32=67e12, source="NVIDIA H200 SXM datasheet"),
+    PeakRate(name="H100 PCIe", half=756e12, tf32=378e12, fp32=51e12, source="NVIDIA H100 datasheet, PCIe"),
+    PeakRate(name="H100", half=989.5e12, tf32=494.7e12, fp32=67e12, source="NVIDIA H100 datasheet, SXM"),
+    PeakRate(name="A100", half=312e12, tf32=156e12, fp32=19.5e12, source="NVIDIA A100 datasheet"),
+    PeakRate(name="V100", half=125e12, tf32=15.7e12, fp32=15.7e12, source="NVIDIA V100 datasheet, SXM2; no TF32"),
+    PeakRate(name="L40S", half=362e12, tf32=183e12, fp32=91.6e12, source="NVIDIA L40S datasheet"),
+    PeakRate(name="4090", half=165.2e12, tf32=82.6e12, fp32=82.6e12, source="NVIDIA Ada whitepaper, fp32 accumulate"),
+    PeakRate(name="3090", half=71e12, tf32=35.6e12, fp32=35.6e12, source="NVIDIA Ampere GA102 whitepaper"),
+)
+
+
+def peak_rate(device_name: str) -> PeakRate | None:
+    """Return the table's entry for a device name as the driver gives it, or None for an unknown one."""
+    words = device_name.upper()
+    for rate in PEAK_RATES:
+        if all(part.upper() in words for part in rate.name.split()):
+            return rate
+    return None
+
+
+def mfu(
+    *, images_per_second: float, flops_per_image: float, num_devices: int, device_name: str, precision: str = "bf16"
+) -> float | None:
+    """Return the share of the devices' peak rate that training reaches, or None for an unknown device.
+
+    Args:
+        images_per_second: training images a second over all devices.
+        flops_per_image: forward FLOPs times the recipe's forward-equivalents.
+        num_devices: devices that work on the run.
+        device_name: as the driver gives it.
+        precision: 'bf16' or 'fp16' (half rate), 'tf32' or 'fp32'.
+    """
+    rate = peak_rate(device_name)
+    if rate is None or num_devices < 1:
+        return None
+    peak = {"bf16": rate.half, "fp16": rate.half, "tf32": rate.tf32}.get(precision, rate.fp32)
+    return images_per_second * flops_per_image / (peak * num_devices)
+
+
+def gpu_hours(seconds: float, num_devices: int) -> float:
+    """Return device-hours of ``seconds`` of wall time on ``num_devices`` devices."""
+    return seconds * num_devices / 3600
+
+
+def seconds_left(*, step: float, total_steps: float, seconds_per_step: float) -> float | None:
+    """Return the seconds until ``total_steps``, or None where the rate is not known."""
+    if not (math.isfinite(seconds_per_step) and seconds_per_step > 0 and total_steps > 0):
+        return None
+    return max(0.0, total_steps - step) * seconds_per_step
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Return a duration for people: ``48 s``, ``12 m 05 s``, ``3 h 20 m``, ``2 d 4 h``; ``–`` where unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def recipe_forward_flops(recipe: Mapping[str, Any]) -> int | None:
+    """Return the FLOPs of one image's forward pass through a recipe's network, or None where it cannot be built.
+
+    The network is built without storage, on the ``meta`` device.
+    """
+    try:
+        import json
+
+        import torch
+
+        from distributed_at.config import ModelConfig
+        from distributed_at.models import build_model
+
+        data = recipe["data"]
+        model_config = ModelConfig.model_validate_json(json.dumps(recipe["model"]))
+        with torch.device("meta"):
+            model = build_model(model_config, num_classes=int(data.get("num_classes") or 10))
+        return forward_flops(model, image_size=int(data["image_size"]))
+    except Exception:  # an old recipe or an incomplete one: its cost is then not shown
+        return None

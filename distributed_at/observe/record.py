@@ -1,0 +1,197 @@
+"""Reads a run folder into one object that tables and reports are made from; it computes nothing about the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distributed_at.errors import DataError
+from distributed_at.observe.environment import read_environment
+from distributed_at.observe.events import EVENTS_FILE, read_events, select
+from distributed_at.statistics import wilson
+
+RECIPE_FILE = "recipe.yaml"
+NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "svhn": 10, "imagenet": 1000}
+# Fields that belong to the measured model, not to how it was measured.
+MODEL_FIELDS = ("hash", "weights", "model", "name", "title")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One accuracy with the protocol that produced it. Shares lie in [0, 1]."""
+
+    protocol: str
+    hash: str
+    branch: str
+    split: str
+    metric: str
+    correct: int | None
+    total: int | None
+    accuracy: float
+    low: float | None
+    high: float | None
+    seconds: float | None
+    success: float | None = None
+    step: float | None = None
+    epoch: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_clean(self) -> bool:
+        """True where no attack was made."""
+        kind = str(self.details.get("kind") or self.protocol).lower()
+        return self.metric.startswith("clean") or kind.startswith(("clean", "natural"))
+
+    @property
+    def identity(self) -> tuple[str, str, str, str]:
+        """What makes it one row of a table."""
+        return self.protocol, self.branch, self.split, self.metric
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """How it was measured, whatever the model: the protocol without the fields that name the weights."""
+        return {key: value for key, value in self.details.items() if key not in MODEL_FIELDS}
+
+    def comparable(self, other: Measurement) -> bool:
+        """True where both were measured in the same way: equal hashes, or equal protocols apart from the model."""
+        if self.identity != other.identity or self.total != other.total:
+            return False
+        if self.hash and self.hash == other.hash:
+            return True
+        return bool(self.way) and self.way == other.way
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """Everything a run folder says."""
+
+    folder: Path
+    name: str
+    recipe: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    events: list[dict[str, Any]]
+    measurements: list[Measurement]
+
+    def rows(self, kind: str) -> list[Mapping[str, Any]]:
+        """Return the events of one kind in order of step."""
+        return select(self.events, kind)
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """Return a section of the recipe, empty where it has none."""
+        found = self.recipe.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def start(self) -> Mapping[str, Any]:
+        """The first ``run_start`` event, or an empty mapping."""
+        return next((row for row in self.events if row["event"] == "run_start"), {})
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the data, from the recipe."""
+        data = self.section("data")
+        return data.get("num_classes") or NUM_CLASSES.get(str(data.get("dataset")))
+
+    @property
+    def paper_numbers(self) -> Mapping[str, float]:
+        """The paper's numbers in percent, by metric."""
+        return self.section("paper").get("numbers") or {}
+
+
+def _share(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def parse_measurement(row: Mapping[str, Any]) -> Measurement | None:
+    """Read an ``evaluation`` event or a ``summary.json``; None where it holds no accuracy."""
+    protocol = row.get("protocol")
+    details = dict(protocol) if isinstance(protocol, Mapping) else {}
+    name = details.get("name") or row.get("name") or (protocol if isinstance(protocol, str) else None) or "evaluation"
+    correct, total = row.get("correct"), row.get("total")
+    if not (isinstance(correct, int) and isinstance(total, int) and 0 <= correct <= total and total > 0):
+        correct, total = None, None
+    accuracy = _share(row.get("accuracy")) if correct is None or total is None else correct / total
+    if accuracy is None:
+        return None
+    low, high = _share(row.get("low")), _share(row.get("high"))
+    if correct is not None and total is not None and (low is None or high is None):
+        low, high = wilson(correct, total)
+    return Measurement(
+        protocol=str(name), hash=str(details.get("hash") or row.get("hash") or row.get("protocol_hash") or ""),
+        branch=str(row.get("branch") or ""), split=str(row.get("split") or ""), metric=str(row.get("metric") or "accuracy"),
+        correct=correct, total=total, accuracy=accuracy, low=low, high=high,
+        seconds=_share(row.get("seconds")), success=_share(row.get("attack_success_rate")), step=_share(row.get("step")), epoch=_share(row.get("epoch")), details=details,
+    )  # fmt: skip
+
+
+def _read_summaries(folder: Path) -> list[Measurement]:
+    """Read the evaluations; of one protocol measured on several checkpoints, the newest stands."""
+    paths = sorted((folder / "evaluations").glob("**/summary.json"), key=lambda path: (_modified(path), str(path)))
+    found: dict[tuple[Any, ...], Measurement] = {}
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # another process may be writing it
+        for row in content if isinstance(content, list) else [content]:
+            measurement = parse_measurement(row) if isinstance(row, Mapping) else None
+            if measurement is not None:
+                found[measurement.identity, json.dumps(measurement.way, sort_keys=True, default=str)] = measurement
+    return sorted(found.values(), key=_strength)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _strength(one: Measurement) -> tuple[bool, bool, int, str, str]:
+    """Order of a table: clean first, then attacks by their steps, AutoAttack last."""
+    steps = one.details.get("num_steps")
+    return (
+        not one.is_clean, one.details.get("kind") == "autoattack", steps if isinstance(steps, int) else 0,
+        one.protocol, one.branch,
+    )  # fmt: skip
+
+
+def load_run(run_folder: Path | str) -> RunRecord:
+    """Read a run folder, whether the run is finished or not.
+
+    Raises:
+        DataError: the folder does not exist or holds nothing of a run.
+    """
+    folder = Path(run_folder)
+    if not folder.is_dir():
+        raise DataError(f"there is no run folder {folder}")
+    recipe: Any = {}
+    if (folder / RECIPE_FILE).is_file():
+        try:
+            recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise DataError(f"{folder / RECIPE_FILE} is not valid YAML: {error}") from None
+    events = read_events(folder)
+    measurements = _read_summaries(folder)
+    known = {m.identity for m in measurements}
+    if not events and not recipe and not measurements:
+        raise DataError(f"{folder} holds neither {RECIPE_FILE} nor {EVENTS_FILE} nor evaluations: it is no run folder")
+    latest: dict[tuple[str, ...], Measurement] = {}
+    for row in select(events, "evaluation"):
+        found = parse_measurement(row)
+        if found is not None and found.split == "test" and found.identity not in known:
+            latest[found.identity] = found
+    recipe = recipe if isinstance(recipe, Mapping) else {}
+    return RunRecord(
+        folder=folder,
+        name=str(recipe.get("name") or folder.resolve().name),
+        recipe=recipe,
+        environment=read_environment(folder),
+        events=events,
+        measurements=[*latest.values(), *measurements],
+    )
