@@ -1,0 +1,93 @@
+"""The command line: one verb, one function in ``commands/``; parsing, errors and exit codes here.
+
+Imports of torch wait until a verb needs them, so that help, listings and mistakes answer at once. Tables go to stdout,
+everything else to stderr; with ``--json`` stdout holds one JSON document and nothing more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import ClassVar, NoReturn
+
+from distributed_at import __version__
+from distributed_at.errors import EXIT_CONFIG, UserError, did_you_mean
+
+VERBS = {
+    "train": "train a recipe; the same command resumes it",
+    "eval": "measure clean and robust accuracy of a run, sharded over workers",
+    "report": "write a run's report.html, beside other runs",
+    "figures": "draw the figures of a set of runs: clean ratio, attack iterations, BN statistics, depth",
+    "plan": "check a recipe at any world size and say what it costs, without running it",
+    "recipes": "list recipes, or show one resolved",
+    "data": "index or check an image folder",
+    "bench": "certify what 16-bit attacks on a run's network are worth",
+    "checkpoint": "list, verify, compare or convert checkpoints",
+    "doctor": "say what is installed, what will be used, and how to fix what is missing",
+}
+
+OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument parser whose errors name the nearest right spelling."""
+
+    words: ClassVar[Sequence[str]] = ()
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if choice:
+            allowed = [word.strip(" '") for word in choice.group(2).split(",")]
+            message = f"'{choice.group(1)}' is not one of {', '.join(allowed)}.{did_you_mean(choice.group(1), allowed)}"
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            options = [o for action in self._actions for o in action.option_strings]
+            for action in self._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    verb = next((v for v in self.words if v in action.choices), None)
+                    if verb:
+                        options = [o for a in action.choices[verb]._actions for o in a.option_strings]
+            message = f"there is no option {unknown.group(1)}.{did_you_mean(unknown.group(1), options)}"
+        self.print_usage(sys.stderr)
+        print(f"distributed-at: error: {message}", file=sys.stderr)
+        raise SystemExit(EXIT_CONFIG)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = _Parser(prog="distributed-at", description="Distributed adversarial training at ImageNet scale.")
+    parser.add_argument("--version", action="version", version=f"distributed-at {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, text in VERBS.items():
+        module = importlib.import_module(f"distributed_at.commands.{verb}")
+        module.add_arguments(verbs.add_parser(verb, help=text, description=module.__doc__))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; return the process's exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _Parser.words = words
+    # argparse cannot take a second run of positionals after an option: key=value words may stand anywhere
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    args = build_parser().parse_args([word for word in words if not OVERRIDE.match(word)])
+    if overrides and not hasattr(args, "overrides"):
+        build_parser().error(f"'{args.verb}' takes no overrides, got {' '.join(overrides)}")
+    args.overrides = overrides
+    args.words = words
+    try:
+        return importlib.import_module(f"distributed_at.commands.{args.verb}").run(args)
+    except UserError as error:
+        print(f"distributed-at: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("distributed-at: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of a pipe (head, less) has gone; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,60 @@
+"""Arguments and output that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from distributed_at.errors import ConfigError, did_you_mean
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe and its overrides."""
+    parser.add_argument("recipe", help="recipe file, its name in the shipped folders, or table.yaml#row")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optimizer.lr=0.05")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout instead of a table")
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on stdout."""
+    json.dump(document, sys.stdout, indent=2, sort_keys=False, default=str)
+    print()
+
+
+def print_table(table: Any) -> None:
+    """Print a rich table on stdout; into a pipe or a file it gets room for every column."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 140))
+    console.print(table)
+
+
+def say(message: str) -> None:
+    """Print a line for the person at the terminal, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def find_run(text: str, runs: str = "runs") -> Path:
+    """Return the run folder that ``text`` names: a path, or a name under ``runs/``.
+
+    Raises:
+        ConfigError: neither exists; names the nearest run.
+    """
+    for candidate in (Path(text), Path(runs) / text):
+        if (candidate / "recipe.yaml").exists():
+            return candidate
+    known = sorted(p.parent.name for p in Path(runs).glob("*/recipe.yaml")) if Path(runs).is_dir() else []
+    listed = f" Runs here: {', '.join(known[:12])}." if known else f" There is no run in {runs}/ yet."
+    beside = "" if Path(text).is_absolute() else f" and in {Path(runs) / text}"
+    raise ConfigError(
+        f"no run folder {text!r}: looked for recipe.yaml in it{beside}.{did_you_mean(text, known)}{listed}"
+    )

@@ -1,0 +1,167 @@
+"""Index an image folder once, check every file of it, or pack it into tar shards for file systems that hate small files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distributed_at.commands.common import add_json, print_json, print_table, say
+from distributed_at.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from distributed_at.data.index import FolderIndex
+
+EXIT_DAMAGED = 3
+_SPLITS = ("train", "val")
+_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, text in (
+        ("index", "list FOLDER and read every image's header; unreadable files are set aside"),
+        ("verify", "the same, but decode every image in full, which also finds files cut short"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("folder", type=Path, help="holds train/ and val/, or is one folder of class folders")
+        action.add_argument("--split", action="append", choices=_SPLITS, help="default: all that FOLDER holds")
+        action.add_argument("--threads", type=int, default=0, help="files read at once; 0 = by the machine")
+        add_json(action)
+    shard = actions.add_parser(
+        "shard", help="pack FOLDER into tar shards with an index under DEST; data.path=DEST reads them"
+    )
+    shard.add_argument("folder", type=Path, help="holds train/ and val/, or is one folder of class folders")
+    shard.add_argument("dest", type=Path, help="new folder; gets train/ and val/ likewise")
+    shard.add_argument(
+        "--size", type=int, default=10_000, help="images a shard (default 10000: about 1 GB of ImageNet)"
+    )
+    shard.add_argument("--split", action="append", choices=_SPLITS, help="default: all that FOLDER holds")
+    shard.add_argument("--threads", type=int, default=0, help="files read at once while indexing; 0 = by the machine")
+    add_json(shard)
+
+
+def split_folders(folder: Path, chosen: list[str] | None) -> dict[str, Path]:
+    """Return name -> folder of class folders: the splits inside ``folder``, or ``folder`` itself where it has none.
+
+    Raises:
+        DataError: a split that was asked for is absent.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder")
+    inside = [name for name in _SPLITS if (folder / name).is_dir()]
+    for name in chosen or ():
+        if name not in inside:
+            held = sorted(p.name for p in folder.iterdir() if p.is_dir())[:8]
+            raise DataError(
+                f"{folder}: --split {name}: looked for {folder / name}; the folder holds {held or 'nothing'}"
+            )
+    if not inside:
+        return {folder.name: folder}
+    return {name: folder / name for name in dict.fromkeys(chosen or inside)}
+
+
+def _progress(name: str) -> Callable[[int, int], None] | None:
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        print(f"\r{name}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _row(name: str, index: FolderIndex) -> dict[str, Any]:
+    """Return a table's line; these keys are stable."""
+    return {
+        "split": name,
+        "images": len(index),
+        "classes": len(index.class_names),
+        "bytes": int(index.byte_sizes.sum()),
+        "set_aside": len(index.set_aside),
+        "decoded": index.verified,
+        "checksum": index.checksum[:12],
+    }
+
+
+def _index(args: argparse.Namespace) -> int:
+    from distributed_at.data.index import build_index
+
+    if args.threads < 0:
+        raise ConfigError(f"--threads must be at least 0, got {args.threads}")
+    rows, damaged = [], 0
+    for name, folder in split_folders(args.folder, args.split).items():
+        index = build_index(
+            folder,
+            num_threads=args.threads,
+            verify=args.action == "verify",
+            progress=_progress(name),
+        )
+        reasons = {index.paths[sample_id]: reason for sample_id, reason in sorted(index.set_aside.items())}
+        rows.append({**_row(name, index), **({"reasons": reasons} if args.json else {})})
+        damaged += len(reasons)
+        for path, reason in list(reasons.items())[:_SHOWN]:
+            say(f"set aside: {name}/{path}: {reason}")
+        if len(reasons) > _SHOWN:
+            say(f"... and {len(reasons) - _SHOWN} more in {name}; --json lists them all")
+    _show(args, rows)
+    return EXIT_DAMAGED if damaged and args.action == "verify" else 0
+
+
+def _shard(args: argparse.Namespace) -> int:
+    from distributed_at.data.shards import write_shards
+
+    rows = []
+    for name, folder in split_folders(args.folder, args.split).items():
+        index = write_shards(
+            folder, args.dest / name, size=args.size, num_threads=args.threads, progress=_progress(name)
+        )
+        assert index.shards is not None
+        rows.append({**_row(name, index), "shards": len(index.shards.names)})
+    _show(args, rows)
+    return 0
+
+
+def _verify_shards(args: argparse.Namespace, folders: dict[str, Path]) -> int:
+    from distributed_at.data.shards import load_shards, verify_shards
+
+    rows, damaged = [], False
+    for name, folder in folders.items():
+        wrong = verify_shards(folder)
+        for shard, reason in wrong.items():
+            say(f"damaged: {name}/{shard}: {reason}")
+        index = load_shards(folder)
+        assert index.shards is not None
+        row = {**_row(name, index), "shards": len(index.shards.names), "damaged": len(wrong)}
+        rows.append({**row, **({"reasons": wrong} if args.json else {})})
+        damaged = damaged or bool(wrong)
+    _show(args, rows)
+    return EXIT_DAMAGED if damaged else 0
+
+
+def _show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    if args.json:
+        print_json(rows)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    print_table(table)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.action == "shard":
+        return _shard(args)
+    from distributed_at.data.shards import has_shards
+
+    folders = split_folders(args.folder, args.split)
+    if all(has_shards(folder) for folder in folders.values()):
+        return _verify_shards(args, folders)
+    return _index(args)

@@ -1,0 +1,70 @@
+"""Train a recipe. The same command resumes it from its newest good checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distributed_at.commands.common import add_recipe, say
+from distributed_at.engine.launch import available_workers, check_workers, detect_rank, run_workers
+
+if TYPE_CHECKING:
+    from distributed_at.config import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument(
+        "--workers", default="auto", help="workers on this machine, or 'auto' (default): as many as fit"
+    )
+    parser.add_argument("--run-folder", type=Path, help="where the run lives (default: runs/<name>)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start from step 0 although there are checkpoints (they are set aside)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no live console")
+
+
+def run(args: argparse.Namespace) -> int:
+    rank = detect_rank()
+    if rank is not None:
+        # before torch starts threads: they inherit the mask, and a signal must reach the listener alone
+        from distributed_at.engine.preemption import prepare_process
+
+        prepare_process()
+    from distributed_at.engine.batching import BatchPlan, largest_world_size
+    from distributed_at.engine.runfolder import RunFolder
+    from distributed_at.recipes import load_recipe
+
+    config = load_recipe(args.recipe, args.overrides).config
+    folder = RunFolder(args.run_folder or args.runs / config.name)
+    batch_size = config.train.batch_size
+    limits = {"micro_batch_size": config.train.micro_batch_size, "bn_group_size": config.train.bn_group_size}
+    if rank is not None:
+        from distributed_at.engine.run import run_worker
+
+        BatchPlan.resolve(batch_size=batch_size, world_size=rank.world_size, **limits)
+        return run_worker(config, folder, fresh=args.fresh, quiet=args.quiet)
+    workers = check_workers(args.workers) or largest_world_size(available_workers(), batch_size=batch_size, **limits)
+    BatchPlan.resolve(batch_size=batch_size, world_size=workers, **limits)
+    folder.check(config)
+    from distributed_at.engine.initial_weights import check_initial_weights
+
+    if not folder.has_checkpoints:
+        check_initial_weights(config)
+
+    _check_data(config)
+    say(f"run {config.name}: {workers} worker{'s' if workers > 1 else ''}, folder {folder.root}")
+    return run_workers(args.words, workers, folder.logs)
+
+
+def _check_data(config: RunConfig) -> None:
+    """Tell once, before any worker starts and anything is written, what the data cannot give."""
+    from distributed_at.data.order import StepOrder
+    from distributed_at.data.sources import open_split
+
+    with open_split(config.data, "train", seed=config.seed) as source:
+        StepOrder(source.num_samples, config.train.batch_size, seed=config.seed, drop_last=config.train.drop_last)
+    if config.evaluation.validation:
+        open_split(config.data, "validation", seed=config.seed).close()

@@ -1,0 +1,168 @@
+"""What ``plan`` warns of: combinations that run but do not mean what a reader of the number would think."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distributed_at.config import AttackConfig, EvalAttackConfig, RunConfig
+from distributed_at.engine.batching import BatchPlan
+
+# Below this a ResNet's attack step is bound by kernel launches rather than by the GPU.
+_SMALL_MICRO_BATCH = 24
+
+
+@dataclass(frozen=True)
+class PlanWarning:
+    """A stable code for scripts and a sentence for people."""
+
+    code: str
+    message: str
+
+
+def plan_warnings(config: RunConfig, batch: BatchPlan, *, num_train: int) -> list[PlanWarning]:
+    """Return everything about a valid recipe at this world size that its user should know before paying for it."""
+    found = [*_precision(config), *_batch(config, batch, num_train), *_attack(config), *_selection(config)]
+    return [PlanWarning(code, message) for code, message in [*found, *_evaluation(config)]]
+
+
+def _precision(config: RunConfig) -> list[tuple[str, str]]:
+    attacks = [("attack", config.attack)]
+    attacks += [(f"evaluation.final.{i}.attack", protocol.attack) for i, protocol in enumerate(config.evaluation.final)]
+    return [
+        (
+            "attack_without_certificate",
+            f"{field}.dtype is {attack.dtype} and {field}.precision_certificate is not set: 16-bit attacks have been "
+            "seen to be weaker, which flatters the model (about 3 % for Xie & Yuille's); use fp32, or certify",
+        )
+        for field, attack in attacks
+        if attack is not None and attack.dtype != "fp32" and attack.precision_certificate is None
+    ]
+
+
+def _batch(config: RunConfig, batch: BatchPlan, num_train: int) -> list[tuple[str, str]]:
+    found = []
+    has_batch_norm = config.model.norm in ("bn", "mbn")
+    if batch.group_free and has_batch_norm and not config.model.sync_bn:
+        found.append(
+            (
+                "free_bn_group",
+                f"train.bn_group_size is null, so batch norm sees {batch.group_size} images at this world size and "
+                "another number at another: results at different world sizes are different protocols",
+            )
+        )
+    if has_batch_norm and not batch.group_free and batch.ranks_per_group > 1:
+        found.append(
+            (
+                "bn_group_spans_ranks",
+                f"each batch-norm group of {batch.group_size} spans {batch.ranks_per_group} ranks, whose statistics "
+                "are synchronised in every training forward; a smaller world size needs no such traffic",
+            )
+        )
+    if config.data.dataset == "imagenet" and batch.micro_batch < _SMALL_MICRO_BATCH and batch.world_size > 1:
+        found.append(
+            (
+                "small_micro_batch",
+                f"{batch.micro_batch} images a forward do not fill a modern GPU; "
+                "kernel launches, not arithmetic, will set the pace",
+            )
+        )
+    last = num_train % batch.batch_size
+    if not config.train.drop_last and last and has_batch_norm and last % batch.group_size == 1:
+        found.append(
+            (
+                "single_image_group",
+                f"the last batch of an epoch holds {last} images, so one batch-norm group has a single image; "
+                "set train.drop_last: true or another batch_size",
+            )
+        )
+    return found
+
+
+def _attack(config: RunConfig) -> list[tuple[str, str]]:
+    attack = config.attack
+    if attack is None:
+        return []
+    found = []
+    reach = attack.num_steps * attack.effective_step_size
+    if attack.num_steps and reach < attack.eps:
+        found.append(
+            (
+                "attack_cannot_reach_eps",
+                f"attack: {attack.num_steps} steps of {attack.effective_step_size:g}/255 move at most {reach:g}/255, "
+                f"less than eps {attack.eps:g}/255",
+            )
+        )
+    if attack.num_steps == 1 and attack.target == "none" and config.objective.name != "standard":
+        found.append(
+            (
+                "catastrophic_overfitting",
+                "one-step untargeted training is known to collapse to zero robust accuracy late in training; "
+                "keep evaluation.validation with a multi-step attack",
+            )
+        )
+    if attack.bn_mode == "train":
+        found.append(
+            (
+                "attack_moves_statistics",
+                "attack.bn_mode is train: every attack forward moves the running statistics, so they describe images "
+                "between clean and adversarial (the papers' 'train mode')",
+            )
+        )
+    return found
+
+
+def _selection(config: RunConfig) -> list[tuple[str, str]]:
+    robust = [protocol for protocol in config.evaluation.validation if protocol.kind != "clean"]
+    if config.train.select == "best_validation" and config.objective.name != "standard" and not robust:
+        return [
+            (
+                "selection_without_attack",
+                "train.select is best_validation, but evaluation.validation measures clean accuracy alone; "
+                "add a pgd protocol, or the least robust checkpoint may be chosen",
+            )
+        ]
+    if config.train.select == "last" and config.data.dataset.startswith("cifar") and config.train.epochs >= 100:
+        return [
+            (
+                "robust_overfitting",
+                "train.select is last: on CIFAR, robust accuracy falls in the epochs after the rate drops",
+            )
+        ]
+    return []
+
+
+def _evaluation(config: RunConfig) -> list[tuple[str, str]]:
+    final = config.evaluation.final
+    if not any(protocol.kind == "clean" for protocol in final):
+        found = [("no_clean_accuracy", "evaluation.final does not measure clean accuracy")]
+    else:
+        found = []
+    if config.objective.name == "standard":
+        return found
+    robust = [protocol for protocol in final if protocol.kind != "clean"]
+    if not robust:
+        return [
+            *found,
+            ("no_robust_accuracy", "evaluation.final measures no robust accuracy of a robustly trained model"),
+        ]
+    if all(protocol.kind == "pgd" and _is_targeted(protocol) for protocol in robust):
+        found.append(
+            (
+                "targeted_evaluation",
+                "every attack in evaluation.final is targeted: such numbers are higher than untargeted ones and compare "
+                "only with the same protocol",
+            )
+        )
+    smaller = [p for p in robust if p.attack is not None and _is_smaller(p.attack, config.attack)]
+    if smaller:
+        names = ", ".join(p.name or p.kind for p in smaller)
+        found.append(("evaluation_radius", f"evaluation.final ({names}) uses a smaller eps than the training attack"))
+    return found
+
+
+def _is_targeted(protocol: EvalAttackConfig) -> bool:
+    return protocol.attack is not None and protocol.attack.target != "none"
+
+
+def _is_smaller(evaluation: AttackConfig, training: AttackConfig | None) -> bool:
+    return training is not None and evaluation.norm == training.norm and evaluation.eps < training.eps
