@@ -1,0 +1,34 @@
+"""Our attacks, objectives and loops keep every promise of the suite."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conformance import checks_attack, checks_loops, checks_objectives, checks_start
+from tests.conformance.product import FUSED, REAL
+
+CHECKS = {
+    check.__name__: check
+    for module in (checks_attack, checks_start, checks_objectives, checks_loops)
+    for check in module.CHECKS
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_promise(name: str) -> None:
+    CHECKS[name](REAL)
+
+
+@pytest.mark.parametrize("check", [*checks_attack.CHECKS, *checks_start.CHECKS], ids=lambda c: c.__name__)
+def test_promise_with_fused_kernels(check) -> None:
+    check(FUSED)
+
+
+def test_every_check_is_listed() -> None:
+    """A check that nobody runs keeps nothing."""
+    for module in (checks_attack, checks_start, checks_objectives, checks_loops):
+        defined = {
+            n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__
+            and callable(v) and v.__annotations__.get("product") and list(v.__annotations__) == ["product", "return"]
+        }  # fmt: skip
+        assert defined == {c.__name__ for c in module.CHECKS}

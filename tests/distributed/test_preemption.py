@@ -1,0 +1,116 @@
+"""Stop signals are heard while a rank waits, acted on by all ranks at one step, and cannot be sent twice by accident."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from distributed_at.engine.preemption import STOP_SIGNALS
+
+PROGRAM = """
+import sys, time
+from distributed_at.engine import preemption
+preemption.prepare_process()
+listener = preemption.start_listening(grace_seconds=1.0)
+print("ready", flush=True)
+while not preemption.stop_requested():
+    time.sleep(0.01)
+print("heard", listener.requested, flush=True)
+time.sleep(float(sys.argv[1]))
+print("saved", flush=True)
+sys.exit(85)
+"""
+
+
+def start(linger: float) -> subprocess.Popen:
+    child = subprocess.Popen([sys.executable, "-c", PROGRAM, str(linger)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def test_usr1_storm_and_repeated_term_within_the_grace_are_one_request():
+    child = start(0.7)
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.1)  # of signals that wait together the kernel hands over the lowest first
+    for _ in range(20):
+        child.send_signal(signal.SIGUSR1)
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    assert child.stdout.read() == "heard SIGTERM\nsaved\n"
+    assert child.wait(10) == 85
+
+
+def test_second_term_after_the_grace_leaves_at_once():
+    child = start(30)
+    child.send_signal(signal.SIGUSR1)
+    assert child.stdout.readline() == "heard SIGUSR1\n"
+    time.sleep(1.2)
+    child.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    assert child.poll() is None  # USR1 never insists
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(5) == 143
+    assert child.stdout.read() == ""
+
+
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c",
+    "from distributed_at.engine.preemption import prepare_process; prepare_process(); import os, time;"
+    "print(os.getpid(), flush=True); time.sleep(60)"])
+time.sleep(60)
+"""
+
+
+def test_killed_launcher_leaves_no_worker():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        stat = Path(f"/proc/{worker}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker outlived its launcher")
+
+
+def _steps(rank: int, world: int, folder: str) -> None:
+    from distributed_at.engine.preemption import agree_max, agree_to_stop, start_listening
+    from distributed_at.engine.watchdog import StepTimes
+
+    listener = start_listening()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    assert agree_max([rank, -rank]) == [world - 1, 0]
+    times = StepTimes()
+    times.record(3.0 if rank == 1 else 1.0)
+    slow = times.stragglers()
+    assert [(s.rank, s.ratio) for s in slow] == [(1, 3.0)]
+    for step in range(2000):
+        if rank == 1 and step == 7:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.3)  # the others wait in the collective meanwhile
+        if agree_to_stop(listener.stop_requested()):
+            break
+    Path(folder, f"stopped-{rank}").write_text(str(step))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_all_ranks_stop_at_the_same_step_and_slow_ranks_are_named(tmp_path):
+    # a spawned child imports torch, whose threads inherit the mask, before its first line of ours runs
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        mp.spawn(_steps, (3, str(tmp_path)), nprocs=3)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+    assert {(tmp_path / f"stopped-{rank}").read_text() for rank in range(3)} == {"7"}
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == old

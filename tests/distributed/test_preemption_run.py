@@ -1,0 +1,132 @@
+"""A stop signal to the launcher, or to any one rank, through the real command: saved, exit 85, and resumed to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distributed_at.engine.launch import free_port
+from distributed_at.errors import EXIT_REQUEUE
+from tests.training_kit import RECIPE, TINY, checkpoint_step, state_digest, training_rows
+
+WORDS = ["train", str(RECIPE), *TINY, "train.epochs=60", "--quiet"]  # 180 steps
+LAUNCHER = [sys.executable, "-m", "distributed_at", *WORDS, "--workers", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "distributed_at", *WORDS]
+
+
+def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if command is TORCHRUN:
+        command = [*command[:4], f"--master-port={free_port()}", *command[4:]]
+    return subprocess.Popen(
+        [*command, "--run-folder", str(folder)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
+    try:
+        _, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, errors
+
+
+def wait_rows(folder: Path, number: int, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    path = folder / "events.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert time.monotonic() < deadline, "the run did not begin"
+        time.sleep(0.01)
+
+
+def rank_process(folder: Path, rank: int) -> int:
+    """Process id of a rank of the run in ``folder``."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words, environment = (path / "cmdline").read_bytes(), (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(folder).encode() in words and f"RANK={rank}".encode() in environment:
+            return int(path.name)
+    raise AssertionError(f"no rank {rank}")
+
+
+def last_event(folder: Path) -> dict:
+    return json.loads((folder / "events.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, errors = finish(start(LAUNCHER, folder))
+    assert code == 0, errors
+    return folder
+
+
+def stopped_and_resumed(command: list[str], folder: Path, undisturbed: Path, stop) -> int:
+    process = start(command, folder)
+    wait_rows(folder, 20)
+    stop(process)
+    code, errors = finish(process)
+    step = checkpoint_step(folder)
+    assert 0 < step < 180, errors
+    assert last_event(folder)["reason"] == "stopped"
+    assert last_event(folder)["step"] == step
+    again, errors = finish(start(command, folder))
+    assert again == 0, errors
+    assert training_rows(folder) == training_rows(undisturbed)
+    assert state_digest(folder) == state_digest(undisturbed)
+    return code
+
+
+def test_term_to_the_launcher_saves_and_the_same_command_ends_as_if_undisturbed(undisturbed, tmp_path):
+    code = stopped_and_resumed(LAUNCHER, tmp_path / "run", undisturbed, lambda p: p.send_signal(signal.SIGTERM))
+    assert code == EXIT_REQUEUE
+
+
+@pytest.mark.slow
+def test_usr1_to_one_rank_stops_all_ranks_at_one_step(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    stop = lambda _: os.kill(rank_process(folder, 1), signal.SIGUSR1)  # noqa: E731
+    assert stopped_and_resumed(LAUNCHER, folder, undisturbed, stop) == EXIT_REQUEUE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["launcher", "rank"])
+def test_torchrun_passes_the_signal_on_and_its_ranks_save(to, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+
+    def stop(process: subprocess.Popen[str]) -> None:
+        if to == "launcher":
+            process.send_signal(signal.SIGTERM)
+        else:
+            os.kill(rank_process(folder, 0), signal.SIGTERM)
+
+    assert stopped_and_resumed(TORCHRUN, folder, undisturbed, stop) != 0  # torchrun has its own exit code
+
+
+@pytest.mark.slow
+def test_second_term_leaves_at_once_without_waiting_for_the_step(tmp_path):
+    folder = tmp_path / "run"
+    process = start(LAUNCHER, folder)
+    wait_rows(folder, 5)
+    os.kill(rank_process(folder, 1), signal.SIGSTOP)  # so that the step never ends
+    process.send_signal(signal.SIGTERM)
+    time.sleep(4)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    os.kill(rank_process(folder, 1), signal.SIGKILL)
+    code, _ = finish(process)
+    assert code in (143, 137)

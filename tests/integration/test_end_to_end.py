@@ -1,0 +1,119 @@
+"""The commands that a user types, with two real workers on real digits: train, resume, eval, report, and doubt."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHORT = [
+    "train.epochs=6",
+    "schedule.warmup_epochs=1",
+    "attack.num_steps=3",
+    "checkpoint.every_epochs=2",
+    "evaluation.every_epochs=2",
+]
+
+
+def command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        [sys.executable, "-m", "distributed_at", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=280
+    )
+
+
+def succeeded(*words: str, cwd: Path) -> str:
+    done = command(*words, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    succeeded("train", "digits/adversarial.yaml", "--workers", "2", "name=robust", *SHORT, cwd=folder)
+    return folder
+
+
+def events(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / "runs" / name / "events.jsonl").read_text().splitlines()]
+
+
+def test_training_leaves_the_documented_run_folder(folder):
+    held = {p.name for p in (folder / "runs" / "robust").iterdir()}
+    assert {"recipe.yaml", "environment.json", "events.jsonl", "checkpoints", "evaluations", "log"} <= held
+
+
+def test_robust_accuracy_on_held_out_images_rises(folder):
+    rounds = [e for e in events(folder, "robust") if e["event"] == "evaluation" and e["protocol"]["name"] == "pgd7"]
+    assert rounds[-1]["accuracy"] > rounds[0]["accuracy"]
+    assert rounds[-1]["low"] > 0.2, "held-out robust accuracy is not above chance"
+
+
+def test_the_parts_of_a_step_add_up_to_its_wall_time(folder):
+    for row in (e for e in events(folder, "robust") if e["event"] == "train"):
+        assert sum(row["seconds"].values()) == pytest.approx(row["wall_seconds"], rel=0.03)
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(folder):
+    before = sorted(p.name for p in (folder / "runs" / "robust" / "checkpoints").iterdir())
+    succeeded("train", "digits/adversarial.yaml", "--workers", "2", "name=robust", *SHORT, cwd=folder)
+    assert sorted(p.name for p in (folder / "runs" / "robust" / "checkpoints").iterdir()) == before
+    trained = [e["step"] for e in events(folder, "robust") if e["event"] == "train"]
+    assert trained == sorted(set(trained)), "steps were trained twice"
+
+
+def test_the_saved_recipe_runs_identically(folder):
+    shown = succeeded("recipes", "show", "runs/robust/recipe.yaml", cwd=folder)
+    assert shown == (folder / "runs" / "robust" / "recipe.yaml").read_text()
+
+
+def test_eval_counts_every_test_image_once_and_report_shows_its_numbers(folder):
+    rows = json.loads(succeeded("eval", "robust", "--workers", "2", "--only", "clean,pgd20", "--json", cwd=folder))
+    by_name = {row["protocol"]: row for row in rows if row["split"] == "test"}
+    assert by_name["clean"]["total"] == by_name["pgd20"]["total"] == 360
+    assert by_name["pgd20"]["correct"] < by_name["clean"]["correct"]
+    alone = json.loads(succeeded("eval", "robust", "--workers", "1", "--only", "clean,pgd20", "--json", cwd=folder))
+    assert [(r["protocol"], r["correct"], r["hash"]) for r in alone] == [
+        (r["protocol"], r["correct"], r["hash"]) for r in rows
+    ]
+    succeeded("report", "robust", cwd=folder)
+    page = (folder / "runs" / "robust" / "report.html").read_text()
+    assert f"{100 * by_name['pgd20']['accuracy']:.2f}" in page
+
+
+def test_the_checkpoints_verify(folder):
+    rows = json.loads(succeeded("checkpoint", "verify", "robust", "--json", cwd=folder))
+    assert rows
+    assert all(row["state"] == "good" for row in rows)
+
+
+def test_shuffled_labels_give_chance_and_nothing_more(tmp_path):
+    """The doubter's run: were accuracy to survive meaningless labels, the evaluation would be leaking."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import numpy, sklearn.datasets as d\n"
+        "real = d.load_digits\n"
+        "def shuffled(*a, **k):\n"
+        "    bunch = real(*a, **k)\n"
+        "    bunch.target = numpy.random.RandomState(0).permutation(bunch.target)\n"
+        "    return bunch\n"
+        "d.load_digits = shuffled\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    words = ["train", "digits/adversarial.yaml", "--workers", "1", "name=shuffled", *SHORT]
+    done = subprocess.run(
+        [sys.executable, "-m", "distributed_at", *words],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    clean = [e for e in events(tmp_path, "shuffled") if e["event"] == "evaluation" and e["protocol"]["name"] == "clean"]
+    assert all(e["low"] < 0.16 for e in clean), "accuracy above chance on shuffled labels"

@@ -1,0 +1,150 @@
+"""Runs the product's own worker (`engine.run.run_training`) on tiny digits recipes and says what came of it, bit by bit."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from distributed_at.attacks.pgd import PGD
+from distributed_at.attacks.threat import Threat
+from distributed_at.engine.checkpoint_tools import read_checkpoint
+from distributed_at.engine.parallel import World, initialise_world, shutdown_world
+from distributed_at.engine.run import run_training
+from distributed_at.engine.runfolder import RunFolder
+from distributed_at.observe.events import read_events
+from distributed_at.recipes import load_recipe
+from distributed_at.rng import EVALUATION_EPOCH
+
+RECIPE = Path(__file__).parents[1] / "digits" / "adversarial.yaml"
+TINY = (
+    "data.limit_train=72",
+    "data.validation_size=0",
+    "model.blocks=[1,1]",
+    "model.base_width=4",
+    "model.groups=2",
+    "attack.num_steps=2",
+    "train.batch_size=24",
+    "train.bn_group_size=6",
+    "train.epochs=3",
+    "schedule.warmup_epochs=1",
+    "checkpoint.every_epochs=null",
+    "evaluation.validation=[]",
+    "evaluation.every_epochs=null",
+    "train.select=last",
+    "log.every_steps=1",
+)
+TIMES = {
+    "time",
+    "seconds",
+    "wall_seconds",
+    "images_per_second",
+    "restart",
+    "seconds_blocked",
+    "seconds_durable",
+    "path",
+}
+Record = tuple[int, int, int, int, int]  # epoch, sample id, crc of its view, crc of its start, target class (-1: none)
+
+
+class StopAtStep:
+    """Stands for a stop signal that arrives while optimiser step number ``step`` (from 1) is computed."""
+
+    def __init__(self, step: int | None, done: int) -> None:
+        self._left = None if step is None else step - done
+
+    def stop_requested(self) -> bool:
+        if self._left is None:
+            return False
+        self._left -= 1
+        return self._left <= 0
+
+
+@functools.cache
+def _one_world(timeout_seconds: float = 60.0) -> World:
+    """One process group for all runs of this process: DeepSpeed remembers the groups of the first."""
+    with mock.patch.dict(
+        os.environ
+    ):  # a lone worker leaves its rank there, where others would take it for a launcher's
+        world = initialise_world(timeout_seconds)
+    atexit.register(shutdown_world)
+    return world
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Step of the newest checkpoint, 0 without one."""
+    steps = [int(p.name.removeprefix("step_")) for p in (folder / "checkpoints").glob("step_*")]
+    return max(steps, default=0)
+
+
+def train(folder: Path, overrides: Sequence[str] = (), *, stop_at: int | None = None) -> int:
+    """Run ``digits/adversarial.yaml`` made tiny until its end or ``stop_at``; returns the worker's exit code."""
+    config = load_recipe(str(RECIPE), [*TINY, *overrides]).config
+    stop = StopAtStep(stop_at, checkpoint_step(folder))
+    run = "distributed_at.engine.run"
+    with (
+        mock.patch.dict(os.environ, LOCAL_RANK=os.environ.get("LOCAL_RANK", "0")),  # DeepSpeed asks for it
+        mock.patch(f"{run}.start_listening", return_value=stop),
+        mock.patch(f"{run}.initialise_world", _one_world),
+        mock.patch(f"{run}.shutdown_world", return_value=None),
+    ):
+        return run_training(config, RunFolder(folder), quiet=True)
+
+
+def state_digest(folder: Path) -> str:
+    """SHA-256 over every tensor (weights, optimiser, average, buffers) of the newest checkpoint."""
+    tensors, _ = read_checkpoint(folder)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Parameters in the newest checkpoint."""
+    return {n: t for n, t in read_checkpoint(folder)[0].items() if n.startswith("model.")}
+
+
+def training_rows(folder: Path) -> list[dict[str, Any]]:
+    """Training and evaluation rows that stand, without what depends on the clock."""
+    rows = [row for row in read_events(folder) if row["event"] in ("train", "evaluation")]
+    return sorted(
+        ({k: v for k, v in row.items() if k not in TIMES} for row in rows), key=lambda r: (r["step"], r["event"])
+    )
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Record]]:
+    """Note each training sample's id, view, start and target as the attack gets them."""
+    records: list[Record] = []
+    targets: list[int] = []
+    start, goal = Threat.random_start, PGD._goal
+
+    def noting_goal(self: PGD, *args: Any, **kwargs: Any) -> Any:
+        found = goal(self, *args, **kwargs)
+        targets[:] = [-1] * len(found.labels) if found.targets is None else found.targets.tolist()
+        return found
+
+    def noting_start(self: Threat, x: torch.Tensor, *, epoch: int, sample_ids: torch.Tensor, **kwargs: Any) -> Any:
+        adv = start(self, x, epoch=epoch, sample_ids=sample_ids, **kwargs)
+        if epoch != EVALUATION_EPOCH:
+            for i, sample in enumerate(sample_ids.tolist()):
+                records.append((epoch, sample, _crc(x[i]), _crc(adv[i]), targets[i]))
+        return adv
+
+    with mock.patch.object(Threat, "random_start", noting_start), mock.patch.object(PGD, "_goal", noting_goal):
+        yield records
+
+
+def _crc(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.detach().contiguous().numpy().tobytes())

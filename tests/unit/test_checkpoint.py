@@ -1,0 +1,354 @@
+"""A checkpoint exists wholly or not at all, and nothing in it can harm its reader (one process)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed_at.engine import checkpoint_files as files
+from distributed_at.engine.checkpoint import CheckpointManager
+from distributed_at.engine.checkpoint_files import BadCheckpoint
+from distributed_at.engine.checkpoint_shards import FlatShard
+from distributed_at.errors import CheckpointError
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {
+        "model.weight": torch.full((4, 3), float(value)),
+        "model.bias": torch.arange(5.0) + value,
+        "buffer.count": torch.tensor(int(value)),
+    }
+
+
+def manager(root: Path, events: list | None = None, **kwargs) -> CheckpointManager:
+    sink = None if events is None else lambda kind, fields: events.append((kind, fields))
+    return CheckpointManager(root, on_event=sink, **{"retry_seconds": 0.0, **kwargs})
+
+
+def saved(root: Path, *steps: int) -> CheckpointManager:
+    m = manager(root)
+    for step in steps:
+        assert m.save(step, state(step), {"epoch": step / 10}).ok
+    return m
+
+
+def test_load_returns_what_was_saved_bit_for_bit(tmp_path):
+    m = manager(tmp_path)
+    m.save(7, state(7.25), {"epoch": 1.5, "nested": {"list": [1, "two", None]}})
+    target = state(0)
+    assert manager(tmp_path).load(m.latest_good(), target) == {"epoch": 1.5, "nested": {"list": [1, "two", None]}}
+    assert all(torch.equal(target[k], v) for k, v in state(7.25).items())
+
+
+def test_non_contiguous_tensors_are_filled_in_place_and_independent_of_memory_format(tmp_path):
+    values = torch.randn(2, 3, 4, 5)
+    m = manager(tmp_path)
+    m.save(1, {"w": values.contiguous(memory_format=torch.channels_last)}, {})
+    for layout in (torch.channels_last, torch.contiguous_format):
+        target = torch.zeros(2, 3, 4, 5).contiguous(memory_format=layout)
+        m.load(m.latest_good(), {"w": target})
+        assert torch.equal(target, values)
+        assert target.is_contiguous(memory_format=layout)
+
+
+def test_no_checkpoint_at_all_is_a_new_run(tmp_path):
+    assert manager(tmp_path / "none").latest_good() is None
+
+
+def test_asynchronous_save_keeps_the_state_of_the_call(tmp_path):
+    events: list = []
+    m = manager(tmp_path, events)
+    live = {"w": torch.ones(200_000)}
+    assert m.save(1, live, {}, asynchronous=True) is None
+    live["w"].fill_(2.0)
+    result = m.wait()
+    assert result.ok
+    assert result.seconds_durable >= result.seconds_blocked
+    m.load(m.latest_good(), live)
+    assert torch.equal(live["w"], torch.ones(200_000))
+    assert [kind for kind, _ in events] == ["checkpoint"]
+
+
+def test_asynchronous_save_waits_for_the_one_before(tmp_path):
+    m = manager(tmp_path, keep=5)
+    for step in range(1, 6):
+        m.save(step, state(step), {}, asynchronous=True)
+    assert m.close().ok
+    assert [step for step, _ in files.list_steps(tmp_path)] == [5, 4, 3, 2, 1]
+
+
+DATA = "__0_0.distcp"
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def replace_by_link(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("name", [DATA, ".metadata", "manifest.json"])
+@pytest.mark.parametrize("damage", [truncate, flip, os.unlink, replace_by_link])
+def test_any_damage_to_any_file_is_found_and_the_previous_checkpoint_used(tmp_path, name, damage):
+    saved(tmp_path, 1, 2)
+    damage(tmp_path / "step_00000002" / name)
+    before = sorted(os.listdir(tmp_path))
+    events: list = []
+    m = manager(tmp_path, events)
+    assert m.latest_good() == tmp_path / "step_00000001"
+    assert events[0][1]["code"] == "checkpoint_bad"
+    assert name in events[0][1]["message"]
+    assert sorted(os.listdir(tmp_path)) == before  # who only reads changes nothing
+    assert m.save(2, state(2), {}).ok
+    assert len(files.quarantined(tmp_path)) == 1
+    assert m.latest_good() == tmp_path / "step_00000002"
+
+
+def test_every_single_byte_of_the_manifest_is_protected(tmp_path):
+    saved(tmp_path, 3)
+    path = tmp_path / "step_00000003" / "manifest.json"
+    raw = path.read_bytes()
+    good = files.read_manifest(path.parent)
+    for place in range(0, len(raw), 7):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        with contextlib.suppress(BadCheckpoint):
+            assert files.read_manifest(path.parent) == good  # a changed blank says the same
+
+
+def test_all_bad_is_refused_by_name_now_and_at_the_next_start_unless_fresh(tmp_path):
+    saved(tmp_path, 1, 2)
+    flip(tmp_path / "step_00000001" / DATA)
+    os.unlink(tmp_path / "step_00000002" / DATA)
+    with pytest.raises(CheckpointError, match=r"(?s)step_00000002: __0_0.distcp is missing.*step_00000001: .*SHA-256"):
+        manager(tmp_path).latest_good()
+    with pytest.raises(CheckpointError, match="step_00000001"):
+        manager(tmp_path).latest_good()
+    m = manager(tmp_path)
+    assert m.latest_good(fresh=True) is None
+    assert m.save(1, state(1), {}).ok
+    assert len(files.quarantined(tmp_path)) == 2
+    os.unlink(tmp_path / "step_00000001" / DATA)
+    with pytest.raises(CheckpointError, match="found bad by an earlier start"):
+        manager(tmp_path).latest_good()
+
+
+def rewrite_manifest(folder: Path, change) -> None:
+    body = json.loads((folder / "manifest.json").read_text())
+    body.pop("sha256")
+    change(body)
+    body["sha256"] = files._digest(body)
+    (folder / "manifest.json").write_text(json.dumps(body))
+
+
+def relist(folder: Path, name: str) -> None:
+    size, digest = files.hash_file(folder / name)
+    rewrite_manifest(folder, lambda b: b["files"].update({name: {"bytes": size, "sha256": digest}}))
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_hostile_metadata_runs_nothing_even_with_right_hashes(tmp_path):
+    saved(tmp_path / "c", 1)
+    folder, marker = tmp_path / "c" / "step_00000001", tmp_path / "ran"
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
+    relist(folder, ".metadata")
+    with pytest.raises(CheckpointError, match="mkdir"):
+        manager(tmp_path / "c").load(folder, state(0))
+    assert not marker.exists()
+
+
+def test_hostile_tensor_file_runs_nothing_even_with_right_hashes(tmp_path):
+    saved(tmp_path / "c", 1)
+    folder, marker = tmp_path / "c" / "step_00000001", tmp_path / "ran"
+    raw = (folder / DATA).read_bytes()
+    torch.save(Payload(marker), tmp_path / "bad")
+    bad = (tmp_path / "bad").read_bytes()
+    (folder / DATA).write_bytes(bad + raw[len(bad) :])
+    relist(folder, DATA)
+    with pytest.raises(CheckpointError):
+        manager(tmp_path / "c").load(folder, state(0))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "__0_0.distcp/../../x", ""])
+def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path, name):
+    saved(tmp_path, 1)
+    folder = tmp_path / "step_00000001"
+    rewrite_manifest(folder, lambda b: b["files"].update({name: {"bytes": 0, "sha256": ""}}))
+    with pytest.raises(CheckpointError, match="names a file that no checkpoint has"):
+        manager(tmp_path).load(folder, state(0))
+
+
+def test_metadata_cannot_point_outside_the_manifest(tmp_path):
+    saved(tmp_path, 1)
+    folder = tmp_path / "step_00000001"
+    raw = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(raw.replace(DATA.encode(), b"../../secret"))
+    assert raw.count(DATA.encode())
+    assert len(DATA) == len("../../secret")
+    relist(folder, ".metadata")
+    with pytest.raises(CheckpointError, match="outside the manifest"):
+        manager(tmp_path).load(folder, state(0))
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_filled(tmp_path):
+    saved(tmp_path, 1)
+    target = {"model.weight": torch.zeros(3, 4), "model.other": torch.zeros(2), "model.bias": torch.zeros(5).double()}
+    with pytest.raises(CheckpointError) as caught:
+        manager(tmp_path).load(tmp_path / "step_00000001", target)
+    for told in ("model.weight has shape [4, 3] there and [3, 4] here", "model.other is not in it", "float64 here"):
+        assert told in str(caught.value)
+    assert all(not t.any() for t in target.values())
+
+
+def test_retention_keeps_the_newest_the_best_and_one_a_period(tmp_path):
+    m = manager(tmp_path, keep=2, keep_every_epochs=1.0)
+    for step in range(1, 9):
+        m.save(step * 5, state(step), {"epoch": step / 2})
+        if step == 3:
+            m.mark_best(15, 0.5)
+    left = sorted(step for step, _ in files.list_steps(tmp_path))
+    assert left == [10, 15, 20, 30, 35, 40]  # epochs 1, best, 2, 3, and the newest two
+    assert m.best() == tmp_path / "step_00000015"
+
+
+def test_keep_one_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="at least 2"):
+        manager(tmp_path, keep=1)
+
+
+def test_saving_a_step_again_replaces_it_and_dying_between_the_renames_loses_nothing(tmp_path):
+    m = saved(tmp_path, 1)
+    assert m.save(1, state(9), {}).ok
+    target = state(0)
+    m.load(tmp_path / "step_00000001", target)
+    assert target["model.weight"][0, 0] == 9
+    os.rename(tmp_path / "step_00000001", tmp_path / ".old-replaced-step_00000001-1")
+    m = manager(tmp_path)
+    assert m.load(m.latest_good(), target) == {}
+    assert m.save(2, state(2), {}).ok
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+
+
+def test_a_half_written_checkpoint_is_never_found(tmp_path):
+    saved(tmp_path, 1)
+    os.rename(tmp_path / "step_00000001", tmp_path / ".tmp-step_00000001")
+    m = manager(tmp_path)
+    assert m.latest_good() is None
+    assert m.save(2, state(2), {}).ok
+    assert os.listdir(tmp_path) == ["step_00000002"]
+
+
+def test_full_disk_is_an_event_and_training_goes_on_and_saves_later(tmp_path):
+    events: list = []
+    m = manager(tmp_path, events)
+    big = {"w": torch.randn(1_000_000)}
+    assert m.save(1, big, {}).ok
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        for asynchronous in (False, True):
+            result = m.save(2, big, {}, asynchronous=asynchronous) or m.wait()
+            assert not result.ok
+            assert "File too large" in result.failures[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001"]
+    assert m.latest_good() == tmp_path / "step_00000001"
+    assert m.save(3, big, {}).ok
+    assert [f.get("code", kind) for kind, f in events] == [
+        "checkpoint",
+        "checkpoint_failed",
+        "checkpoint_failed",
+        "checkpoint",
+    ]
+
+
+def test_after_a_failure_saves_wait_unless_forced(tmp_path):
+    events: list = []
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    m = manager(blocked / "checkpoints", events, retry_seconds=60.0)
+    assert m.save(1, state(1), {}).failures
+    assert m.save(2, state(1), {}).skipped
+    blocked.unlink()
+    assert m.save(3, state(1), {}, force=True).ok
+    assert m.save(4, state(1), {}).ok
+    assert [f.get("code") for _, f in events] == ["checkpoint_failed", "checkpoint_postponed", None, None]
+
+
+def test_an_unwritable_folder_is_found_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write checkpoints"):
+        manager(tmp_path / "file" / "checkpoints").probe()
+    m = manager(tmp_path / "fine")
+    m.probe()
+    assert os.listdir(m.root) == []
+
+
+def test_metadata_that_is_not_json_is_refused_at_the_call(tmp_path):
+    with pytest.raises(TypeError):
+        manager(tmp_path).save(1, state(1), {"x": object()})
+    with pytest.raises(ValueError, match="JSON"):
+        manager(tmp_path).save(1, state(1), {"x": float("nan")})
+
+
+def test_a_gap_in_the_saved_fragments_is_refused(tmp_path):
+    m = manager(tmp_path)
+    m.save(1, {"w": FlatShard(torch.ones(3), 0, (5,))}, {})
+    with pytest.raises(CheckpointError, match="only a part of 'w'"):
+        m.load(tmp_path / "step_00000001", {"w": torch.zeros(5)})
+
+
+KILLED = """
+import sys, torch
+from distributed_at.engine.checkpoint import CheckpointManager
+m = CheckpointManager(sys.argv[1])
+step = 0
+while True:
+    step += 1
+    m.save(step, {"w": torch.full((300_000,), float(step))}, {"step": step}, asynchronous=step % 2 == 0)
+    print(step, flush=True)
+"""
+
+
+def test_sigkill_at_any_time_leaves_a_good_newest_checkpoint(tmp_path):
+    for attempt in range(3):
+        child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3):
+            child.stdout.readline()
+        time.sleep(0.013 * attempt)
+        child.kill()
+        child.wait()
+        m, target = manager(tmp_path), {"w": torch.zeros(300_000)}
+        found = m.load(m.latest_good(), target)
+        assert found["step"] >= 2
+        assert (target["w"] == found["step"]).all()
+        assert not files.quarantined(tmp_path)

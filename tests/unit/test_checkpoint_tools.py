@@ -1,0 +1,104 @@
+"""Checkpoints can be listed, verified, compared and turned into plain weight files and back; pickles need consent."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from distributed_at.engine import checkpoint_tools as tools
+from distributed_at.engine.checkpoint import CheckpointManager
+from distributed_at.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with two checkpoints that differ in one element of one tensor."""
+    torch.manual_seed(0)
+    state = {
+        "model.net.weight": torch.randn(3, 4),
+        "optimizer.momentum_buffer.net.weight": torch.randn(3, 4),
+        "ema.net.weight": torch.randn(3, 4),
+        "buffer.bn.running_mean": torch.randn(4),
+        "buffer.bn.num_batches_tracked": torch.tensor(7),
+    }
+    manager = CheckpointManager(tmp_path / "run" / "checkpoints")
+    manager.save(1, state, {"epoch": 0.5})
+    state["model.net.weight"][1, 2] += 0.25
+    manager.save(2, state, {"epoch": 1.0})
+    manager.mark_best(1, 0.3)
+    return tmp_path / "run", state
+
+
+def test_list_names_epochs_the_best_and_what_is_wrong(run):
+    folder, _ = run
+    newest, oldest = tools.checkpoint_ls(folder)
+    assert (newest["checkpoint"], newest["epoch"], newest["best"]) == ("step_00000002", 1.0, False)
+    assert (oldest["checkpoint"], oldest["epoch"], oldest["best"]) == ("step_00000001", 0.5, True)
+    assert [row["state"] for row in tools.checkpoint_verify(folder)] == ["good", "good"]
+    path = folder / "checkpoints" / "step_00000002" / "__0_0.distcp"
+    raw = bytearray(path.read_bytes())
+    raw[500] ^= 255
+    path.write_bytes(raw)
+    assert [row["state"] for row in tools.checkpoint_ls(folder)] == ["complete", "complete"]
+    assert "SHA-256" in tools.checkpoint_verify(folder)[0]["state"]
+    assert tools.resolve(folder).name == "step_00000001"
+    path.unlink()
+    assert tools.checkpoint_ls(folder)[0]["state"] == "__0_0.distcp is missing"
+
+
+def test_diff_names_the_tensor_and_the_size_of_the_difference(run):
+    folder, _ = run
+    first, second = (folder / "checkpoints" / f"step_0000000{n}" for n in (1, 2))
+    assert all(row["equal"] for row in tools.checkpoint_diff(first, first))
+    (found,) = [row for row in tools.checkpoint_diff(first, second) if not row["equal"]]
+    assert (found["tensor"], found["different_values"]) == ("model.net.weight", 1)
+    assert found["largest_difference"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("weights", ["model", "ema"])
+def test_plain_weights_come_out_and_go_back_in_bit_equal(run, tmp_path, suffix, weights):
+    folder, state = run
+    plain = tools.checkpoint_convert(folder, tmp_path / f"weights{suffix}", average=weights == "ema")
+    read = tools.read_weights(plain)
+    assert sorted(read) == ["bn.num_batches_tracked", "bn.running_mean", "net.weight"]
+    assert torch.equal(read["net.weight"], state[f"{weights}.net.weight"])
+    assert read["bn.num_batches_tracked"].shape == ()
+    back = tools.checkpoint_convert(plain, tmp_path / "imported")
+    tensors, manifest = tools.read_checkpoint(back)
+    assert sorted(tensors) == ["buffer.bn.num_batches_tracked", "buffer.bn.running_mean", "model.net.weight"]
+    assert manifest.step == 0
+    assert all(torch.equal(value, read[name.split(".", 1)[1]]) for name, value in tensors.items())
+
+
+def test_a_hostile_weights_file_runs_nothing(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"w": Payload()}, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError):
+        tools.read_weights(tmp_path / "bad.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_and_unknown_things_are_named(run, tmp_path):
+    folder, _ = run
+    with pytest.raises(CheckpointError, match="there is none"):
+        tools.resolve(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="Did you mean 'ema'"):
+        tools.read_weights(folder, weights="emma")
+    (tmp_path / "x.bin").write_text("")
+    with pytest.raises(ConfigError, match="end in"):
+        tools.read_weights(tmp_path / "x.bin")
+
+
+def test_deepspeed_pickles_are_not_opened_without_consent(tmp_path):
+    folder = tmp_path / "global_step3"
+    folder.mkdir()
+    (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"never opened")
+    with pytest.raises(ConfigError, match="allow-pickle"):
+        tools.checkpoint_convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

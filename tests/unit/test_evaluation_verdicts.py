@@ -1,0 +1,129 @@
+"""Intervals, cascades, curves and verdicts say what the rows say."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from distributed_at.config import AttackConfig, EvalAttackConfig
+from distributed_at.errors import ConfigError
+from distributed_at.evaluation import EvaluationResult, Protocol, Rows, cascade, evaluate, judge, pgd_curve, wilson
+from distributed_at.evaluation.cascade import IncomparableError, worst_case
+from distributed_at.evaluation.verdicts import vanishing_gradients
+from tests.evaluation_kit import source, trained
+
+
+def result(correct: int, *, total: int = 500, by: str = "pgd", **changes) -> EvaluationResult:
+    """A result in which the first ``correct`` of ``total`` samples survive."""
+    values = {"kind": "pgd", "norm": "linf", "eps": 8, "num_steps": 20, "loss": "ce", **changes}
+    protocol = Protocol(weights="w", data_ids="d", num_samples=total, attacks=values.pop("attacks", ("pgd",)), **values)
+    right = np.arange(total) < correct
+    rows = Rows(
+        sample_id=np.arange(total),
+        label=np.zeros(total),
+        clean_prediction=np.zeros(total),
+        adv_prediction=~right,
+        correct_clean=np.ones(total),
+        correct_adv=right,
+        loss=np.zeros(total),
+        target_hit=np.zeros(total),
+        attack=np.where(right, "", by),
+    )
+    return EvaluationResult(protocol=protocol, rows=rows, seconds=1.0, computed=total, expected=total)
+
+
+def codes(*results: EvaluationResult) -> list[str]:
+    return [verdict.code for verdict in judge(results)]
+
+
+def test_wilson_agrees_with_published_intervals() -> None:
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson(0, 20) == (0.0, pytest.approx(0.1611, abs=5e-5))
+    assert wilson(20, 20)[1] == 1.0
+    assert wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="correct"):
+        wilson(3, 2)
+
+
+def test_a_sound_set_of_results_raises_no_suspicion() -> None:
+    auto = result(242, kind="autoattack", attacks=("apgd-ce", "apgd-t", "fab-t", "square"), by="apgd-t")
+    assert codes(result(295, num_steps=1), result(268), result(262, num_steps=100), auto) == []
+
+
+def test_stronger_attack_that_breaks_less_is_suspected_beyond_chance_alone() -> None:
+    assert codes(result(250), result(270, num_steps=100)) == ["stronger_attack_is_weaker"]
+    assert codes(result(250), result(252, num_steps=100)) == []
+    assert codes(result(250), result(290, kind="autoattack")) == ["stronger_attack_is_weaker"]
+
+
+def test_gaps_and_query_attacks_are_suspected() -> None:
+    assert codes(result(400, num_steps=1, step_size=8), result(10)) == ["single_step_masking"]
+    assert codes(result(400, num_steps=1, step_size=2), result(10)) == []  # too short a step to tell anything
+    assert codes(result(300), result(100, kind="autoattack")) == ["pgd_overestimates"]
+    square = result(250, kind="autoattack", attacks=("apgd-ce", "square"), by="square")
+    assert "query_attack_beats_gradients" in codes(square)
+
+
+def test_results_of_other_balls_are_not_compared() -> None:
+    assert codes(result(100), result(400, eps=4, num_steps=100)) == []
+
+
+def test_vanished_gradients_are_seen() -> None:
+    data, model = source(size=32), trained().eval()
+    x, y = data.images.float() / 255, data.all_labels
+    assert vanishing_gradients(model, x, y) is None
+    assert vanishing_gradients(lambda x: 1e4 * model(x), x, model(x).argmax(1)).code == "vanishing_gradients"
+    assert vanishing_gradients(lambda x: model((x > 0.5).float()) + 0 * x.sum(), x, y).numbers["share"] == 1
+
+
+def test_cascade_attacks_survivors_alone_and_counts_over_all_samples() -> None:
+    model, data = trained(), source(size=60)
+
+    def config(loss: str, steps: int) -> EvalAttackConfig:
+        attack = AttackConfig(eps=30.0, num_steps=steps, step_size=10.0, loss=loss)
+        return EvalAttackConfig(kind="pgd", attack=attack)
+
+    configs = [EvalAttackConfig(kind="clean"), config("ce", 3), config("margin", 10)]
+    worst, stages = cascade(partial(evaluate, model, data), configs, ids=data.sample_ids, batch_size=16)
+    assert worst.total == 60
+    assert [s.total for s in stages[1:]] == list(worst.remaining[:2])
+    assert worst.remaining[0] > worst.remaining[1] > worst.remaining[2] == worst.correct
+    full = [evaluate(model, data, c) for c in configs]
+    np.testing.assert_array_equal(worst_case(full).survivors, worst.survivors)
+
+
+def test_results_that_do_not_belong_together_are_not_intersected() -> None:
+    with pytest.raises(IncomparableError, match="eps"):
+        worst_case([result(100), result(90, eps=4)])
+    with pytest.raises(IncomparableError, match="left out"):
+        worst_case([result(100), result(90, total=95)])
+
+
+def test_curve_agrees_with_separate_attacks() -> None:
+    model, data = trained(), source(size=60)
+
+    def run(steps: int) -> EvaluationResult:
+        attack = AttackConfig(eps=40.0, num_steps=steps, step_size=10.0)
+        return evaluate(model, data, EvalAttackConfig(kind="pgd", attack=attack), seed=2)
+
+    points = pgd_curve(model, data, run(8).protocol, [1, 4, 8], ids=data.sample_ids, batch_size=17)
+    assert [(p.num_steps, p.correct) for p in points] == [(n, run(n).correct) for n in (1, 4, 8)]
+    assert all(m.training for m in model.modules())
+    with pytest.raises(ConfigError, match="steps"):
+        pgd_curve(model, data, run(8).protocol, [9], ids=data.sample_ids)
+
+
+def test_low_precision_is_part_of_the_protocol_and_runs() -> None:
+    model, data = trained(), source(size=40)
+    attack = AttackConfig(eps=40.0, num_steps=3, step_size=15.0, dtype="bf16")
+    low = evaluate(model, data, EvalAttackConfig(kind="pgd", attack=attack))
+    full = evaluate(model, data, EvalAttackConfig(kind="pgd", attack=attack.model_copy(update={"dtype": "fp32"})))
+    assert low.protocol.dtype == "bf16"
+    assert low.protocol.hash != full.protocol.hash
+    assert not torch.equal(torch.from_numpy(low.rows.loss), torch.from_numpy(full.rows.loss))
+    assert abs(low.accuracy - full.accuracy) < 0.15

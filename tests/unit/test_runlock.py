@@ -1,0 +1,138 @@
+"""A run folder belongs to one live run; a dead one's lock is taken over by exactly one successor."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from distributed_at.engine import runlock
+from distributed_at.engine.runlock import RunLock, this_process
+from distributed_at.errors import EXIT_LOCKED, LockedError
+
+
+def plant(folder: Path, **changes) -> None:
+    """A lock file left by a process that differs from this one in ``changes``."""
+    holder = replace(this_process(), **changes)
+    (folder / "lock").write_text(json.dumps(asdict(holder)))
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    return child.pid
+
+
+def test_second_job_is_refused_with_the_holder_named(tmp_path):
+    with RunLock(tmp_path), pytest.raises(LockedError) as caught:
+        RunLock(tmp_path).acquire()
+    assert f"process {os.getpid()} on {socket.gethostname()}" in str(caught.value)
+    assert caught.value.exit_code == EXIT_LOCKED
+    with RunLock(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def _race(folder: str, start: float, results) -> None:
+    while time.time() < start:
+        pass
+    try:
+        RunLock(folder).acquire()
+        results.put(True)
+        time.sleep(1.5)
+    except LockedError:
+        results.put(False)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_racing_jobs_exactly_one_wins(tmp_path, stale):
+    context = multiprocessing.get_context("fork")
+    pid = dead_pid()
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        if stale:
+            plant(folder, pid=pid)
+        results, start = context.Queue(), time.time() + 0.4
+        racers = [context.Process(target=_race, args=(str(folder), start, results)) for _ in range(8)]
+        for racer in racers:
+            racer.start()
+        won = [results.get(timeout=20) for _ in racers]
+        for racer in racers:
+            racer.kill()
+            racer.join()
+        assert sum(won) == 1
+
+
+def test_dead_process_on_this_host_and_reused_pid_are_stale(tmp_path):
+    plant(tmp_path, pid=dead_pid())
+    with RunLock(tmp_path):
+        pass
+    plant(tmp_path, started="1")  # our pid, but of an earlier process
+    with RunLock(tmp_path):
+        pass
+
+
+def test_live_process_is_never_stale_however_old_its_heartbeat(tmp_path):
+    plant(tmp_path)
+    os.utime(tmp_path / "lock", (0, 0))
+    with pytest.raises(LockedError):
+        RunLock(tmp_path).acquire()
+
+
+def test_another_host_is_judged_by_its_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlock, "_slurm_state", lambda job: None)
+    plant(tmp_path, host="elsewhere", boot="other")
+    with pytest.raises(LockedError, match="elsewhere"):
+        RunLock(tmp_path).acquire()
+    os.utime(tmp_path / "lock", (time.time() - 1000, time.time() - 1000))
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("state", "free"), [("RUNNING", False), ("COMPLETING", False), ("", True), ("PENDING", True)])
+def test_another_host_is_judged_by_its_job(tmp_path, monkeypatch, state, free):
+    monkeypatch.setattr(runlock, "_slurm_state", lambda job: state)
+    plant(tmp_path, host="elsewhere", boot="other", job="41")
+    if free:
+        RunLock(tmp_path).acquire().release()
+    else:
+        with pytest.raises(LockedError, match="SLURM job 41"):
+            RunLock(tmp_path).acquire()
+
+
+def test_requeued_job_takes_over_its_own_lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    plant(tmp_path, host="elsewhere", boot="other", restart=1)
+    with RunLock(tmp_path):
+        pass
+    plant(tmp_path, host="elsewhere", boot="other", restart=2)  # another step of the running job
+    with pytest.raises(LockedError):
+        RunLock(tmp_path).acquire()
+
+
+def test_heartbeat_keeps_the_lock_fresh_and_a_lost_lock_is_noticed_and_left_alone(tmp_path):
+    lock = RunLock(tmp_path, heartbeat_seconds=0.05).acquire()
+    os.utime(tmp_path / "lock", (0, 0))
+    time.sleep(0.4)
+    assert (tmp_path / "lock").stat().st_mtime > 1
+    assert lock.held()
+    plant(tmp_path, token="somebody-else")
+    assert not lock.held()
+    lock.release()
+    assert (tmp_path / "lock").exists()
+
+
+def test_debris_is_not_taken_for_a_free_folder(tmp_path):
+    (tmp_path / "lock").write_text("{")
+    with pytest.raises(LockedError, match="unknown"):
+        RunLock(tmp_path).acquire()
