@@ -1,0 +1,358 @@
+"""Everything that needs a GPU, in one command of at most nine minutes, ending in one table: predicted against measured.
+
+    python -m benchmarks.gpu [--minutes 9] [--only SECTION ...] [--out FOLDER]
+    python -m benchmarks.gpu --device cpu      dry run on tiny networks; the numbers then mean nothing
+
+Needs torch >= 2.11 with CUDA and pydantic; nothing else. Predictions are those of a roofline model of an H200, made
+before any measurement (docs/performance.md). A section that fails or finds no time says why and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import attack_ladder, common, rungs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One row of the last table; ``predicted`` is for an H200, None where nobody predicted it."""
+
+    section: str
+    what: str
+    measured: float | None
+    unit: str
+    predicted: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Session:
+    """Device, sizes and what was found.
+
+    Attributes:
+        tiny: dry run: smallest networks and batches.
+        lines: the table.
+        details: raw results by section.
+        ends: ``time.monotonic()`` at which no further section starts.
+    """
+
+    device: str
+    tiny: bool
+    ends: float
+    rounds: int
+    lines: list[Line] = field(default_factory=list)
+    details: dict[str, object] = field(default_factory=dict)
+
+    def add(self, section: str, what: str, measured: float | None, unit: str, **more: object) -> None:
+        if self.tiny:  # neither the sizes nor the machine are those of the prediction
+            section, more = f"dry: {section}", more | {"predicted": None}
+        line = Line(section=section, what=what, measured=measured, unit=unit, **more)  # type: ignore[arg-type]
+        self.lines.append(line)
+        print(f"  {format_line(line)}", flush=True)
+
+    def network(self, arch: str, norm: str = "bn"):
+        if self.tiny:
+            return rungs.network(
+                "resnet18", norm=norm, size=32, device=self.device, width=32 if norm == "gn" else 8
+            ), 32
+        return rungs.network(arch, norm=norm, size=224, device=self.device), 224
+
+    def setting(self, arch: str, count: int, dtype: str = "bf16", norm: str = "bn") -> rungs.Setting:
+        model, size = self.network(arch, norm)
+        x, y = rungs.batch(model, 4 if self.tiny else count, size, self.device)
+        return rungs.Setting(model, x, y, dtype, self.device)
+
+    def seconds(self, function: Callable[[], object], repeats: int = 10) -> float:
+        """Return the median time of one call after two unmeasured ones."""
+        for _ in range(2):
+            function()
+        cuda = self.device == "cuda"
+        times = sorted(common._seconds(function, 1, cuda) for _ in range(3 if self.tiny else repeats))
+        return times[len(times) // 2]
+
+
+def ladder(session: Session, arch: str, predicted: dict[str, float], names: list[str], count: int) -> None:
+    setting = session.setting(arch, count)
+    result = attack_ladder.measure(
+        setting, names, rounds=session.rounds, check_steps=3, target_seconds=0.0 if session.tiny else 0.2
+    )
+    session.details[f"ladder_{arch}_{count}"] = result
+    section = f"attack {arch} b{count} bf16"
+    comparison = result["comparison"]
+    for name, timing in comparison.timings.items():
+        per_image = 1e6 * timing.median / len(setting.x)
+        ratio = comparison.ratios.get(name, [1.0])[0]
+        session.add(
+            section, name, per_image, "µs/img/it", predicted=predicted.get(name), note=f"x{ratio:.2f} over grad"
+        )
+        peak = result["memory"][name]["peak_bytes"]
+        if peak:
+            session.add(section, f"{name}, peak memory", peak / len(setting.x) / 1e6, "MB/img")
+    for name, reason in result["skipped"].items():
+        session.add(section, name, None, "", note=reason[:90])
+
+
+def attack_resnet50(session: Session) -> None:
+    # roofline model times 1 / 0.75 (docs/performance.md); the step of PGD-30 has 30 of them and a training step
+    ladder(session, "resnet50", {"backward": 160, "grad": 125, "compiled": 81}, list(rungs.RUNGS[:-1]), 256)
+
+
+def attack_resnet152(session: Session) -> None:
+    ladder(
+        session, "resnet152", {"backward": 379, "grad": 285, "compiled": 186},
+        ["backward", "grad", "folded", "compiled"], 256,
+    )  # fmt: skip
+
+
+def small_batches(session: Session) -> None:
+    """Where the host is the slower side: plain against graphed at 8 and 32 images."""
+    for count in (8, 32):
+        setting = session.setting("resnet50", count)
+        names = ["folded", "graphed"] if session.device == "cuda" else ["folded"]
+        for name in names:
+            iteration = setting.iteration(name) if name == "folded" else _graph_only(setting)
+            goal, bounds, step = _inputs(setting)
+            with torch.no_grad():
+                seconds = session.seconds(lambda i=iteration, b=bounds, g=goal, s=step, x=setting.x: i(x, s, b, g))
+            session.add(f"attack resnet50 b{count} bf16", name, 1e6 * seconds / len(setting.x), "µs/img/it")
+    session.add("crossover", "graph pays below, predicted", None, "img", predicted=21.0, note="compare the rows above")
+
+
+def _graph_only(setting: rungs.Setting):
+    from distributed_at.engine.compiled_attack import StaticIteration
+    from distributed_at.engine.twin import Twin
+
+    twin = Twin(setting.model, bn_mode="eval", dtype=setting.dtype)
+    return StaticIteration(
+        rungs.attack(1, dtype=setting.dtype), twin, batch_size=len(setting.x), use_compiler=False, use_graph=True
+    )
+
+
+def _inputs(setting: rungs.Setting):
+    from distributed_at.attacks.losses import Goal
+
+    step = torch.full((), rungs.STEP, device=setting.x.device)
+    return Goal(labels=setting.y), rungs.attack(1, dtype=setting.dtype).threat.bounds(setting.x), step
+
+
+def training_step(setting: rungs.Setting, *, compiled: bool) -> Callable[[torch.Tensor], None]:
+    """Return one clean training step in 16 bits under autocast, channels-last, SGD."""
+    model = setting.model.to(memory_format=torch.channels_last).train()
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    forward = torch.compile(model) if compiled else model
+
+    def step(x: torch.Tensor) -> None:
+        with torch.autocast(setting.device, dtype=torch.bfloat16):
+            logits = forward(x)
+        F.cross_entropy(logits.float(), setting.y).backward()
+        sgd.step()
+        sgd.zero_grad()
+
+    return step
+
+
+def clean_training(session: Session) -> None:
+    predicted = {("resnet50", False): 5800.0, ("resnet152", False): 2500.0}
+    for arch in ("resnet50",) if session.tiny else ("resnet50", "resnet152"):
+        setting = session.setting(arch, 256)
+        step = training_step(setting, compiled=False)
+        seconds = session.seconds(lambda s=step, x=setting.x: s(x))
+        session.add(
+            "clean training bf16", f"{arch}, eager", len(setting.x) / seconds, "img/s",
+            predicted=predicted.get((arch, False)),
+        )  # fmt: skip
+
+
+def pgd30(session: Session) -> None:
+    """The whole PGD-30 training step of ResNet-152: attack, training step, images a second."""
+    setting = session.setting("resnet152", 256)
+    steps = 2 if session.tiny else 30
+    rates = {}
+    for name, predicted in (("backward", 87.0), ("grad", 112.0), ("compiled", 170.0)):
+        iteration = setting.iteration(name)
+        setting.perturb(iteration, 1)
+        attack = session.seconds(lambda i=iteration: setting.perturb(i, steps), repeats=2)
+        rates[name] = attack, predicted
+    step = training_step(setting, compiled=False)
+    training = session.seconds(lambda: step(setting.x), repeats=4)
+    for name, (attack, predicted) in rates.items():
+        rate = len(setting.x) / (attack + training)
+        note = f"attack {100 * attack / (attack + training):.0f} % of the step"
+        session.add(f"PGD-{steps} resnet152 b256 bf16", name, rate, "img/s", predicted=predicted, note=note)
+    ratio = rates["grad"][0] / rates["compiled"][0]
+    session.add(f"PGD-{steps} resnet152 b256 bf16", "compiled over good eager", ratio, "x", predicted=1.5)
+    ratio = rates["backward"][0] / rates["compiled"][0]
+    session.add(f"PGD-{steps} resnet152 b256 bf16", "compiled over .backward()", ratio, "x", predicted=2.0)
+
+
+def group_norm(session: Session) -> None:
+    """What group norm costs beside batch norm: stock, and with the fused operation."""
+    from distributed_at.engine.twin import Twin
+
+    seconds = {}
+    for name, norm, fuse in (("bn, folded", "bn", False), ("gn, stock", "gn", False), ("gn, fused", "gn", True)):
+        setting = session.setting("resnet50", 64, norm=norm)
+        iteration = rungs.attack(1, dtype="bf16").iteration(
+            Twin(setting.model, bn_mode="eval", dtype="bf16", fuse_group_norm=fuse)
+        )
+        goal, bounds, step = _inputs(setting)
+        with torch.no_grad():
+            seconds[name] = session.seconds(lambda i=iteration, b=bounds, g=goal, s=step, x=setting.x: i(x, s, b, g))
+        per_image = 1e6 * seconds[name] / len(setting.x)
+        session.add("group norm resnet50 b64 bf16", name, per_image, "µs/img/it")
+    for name, predicted in (("gn, stock", 2.0), ("gn, fused", 1.3)):
+        ratio = seconds[name] / seconds["bn, folded"]
+        session.add("group norm resnet50 b64 bf16", f"{name} over bn", ratio, "x", predicted=predicted)
+
+
+def kernels(session: Session) -> None:
+    """The attack's pixel operations against a copy in the same process."""
+    from benchmarks import kernels as pixel
+
+    batch, size = (4, 32) if session.tiny else (256, 224)
+    content = pixel.measure(session.device, batch, size, 5)
+    session.details["kernels"] = content
+    step = content["operations"]["linf_step"]
+    rate = step["gigabytes_per_second_at_median"]
+    predicted = {"copy": 4300.0, "fused": 0.85 * 4300.0}
+    for name in ("copy", "eager chain", "fused", "fused, uint8 clean, bf16 gradient"):
+        timing = step["run"].timings[name]
+        note = f"{1e6 * timing.median / batch:.2f} µs/img, {100 * rate[name] / rate['copy']:.0f} % of the copy"
+        session.add("linf step 224²", name, rate[name], "GB/s", predicted=predicted.get(name), note=note)
+
+
+def stem_gradient(session: Session) -> None:
+    """The first convolution's gradient with respect to the image, which only an attack needs."""
+    count, size = (4, 32) if session.tiny else (256, 224)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for channels in (3, 4, 8):
+            x = torch.zeros(count, channels, size, size, device=session.device, dtype=dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            weight = torch.randn(64, channels, 7, 7, device=session.device, dtype=dtype)
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            dy = torch.randn_like(F.conv2d(x, weight, stride=2, padding=3))
+
+            def backward(x=x, weight=weight, dy=dy) -> object:
+                return torch.ops.aten.convolution_backward(
+                    dy, x, weight, None, [2, 2], [3, 3], [1, 1], False, [0, 0], 1, [True, False, False]
+                )
+
+            per_image = 1e6 * session.seconds(backward) / count
+            name = f"{str(dtype).removeprefix('torch.')}, {channels} channels"
+            predicted = 8.0 if (dtype, channels) == (torch.bfloat16, 3) else None
+            session.add("stem input gradient", name, per_image, "µs/img", predicted=predicted)
+
+
+def host_waits(session: Session) -> None:
+    """One attack under torch's check that nothing waits for the device."""
+    if session.device != "cuda":
+        session.add("host synchronisation", "attack under set_sync_debug_mode", None, "", note="skipped: needs CUDA")
+        return
+    setting = session.setting("resnet50", 8)
+    iteration = setting.iteration("folded")
+    setting.perturb(iteration, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        setting.perturb(iteration, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    session.add("host synchronisation", "waits in an attack", 0.0, "", predicted=0.0)
+
+
+# (name, seconds it may need, function), the most telling first
+SECTIONS: list[tuple[str, float, Callable[[Session], None]]] = [
+    ("host_waits", 10, host_waits),
+    ("kernels", 50, kernels),
+    ("attack_resnet50", 90, attack_resnet50),
+    ("pgd30", 130, pgd30),
+    ("attack_resnet152", 100, attack_resnet152),
+    ("group_norm", 30, group_norm),
+    ("small_batches", 30, small_batches),
+    ("clean_training", 25, clean_training),
+    ("stem_gradient", 15, stem_gradient),
+]
+
+
+def format_line(line: Line) -> str:
+    """Return a row: what, measured, predicted, their ratio."""
+    measured = f"{line.measured:10.2f}" if line.measured is not None else f"{'–':>10}"
+    predicted = f"{line.predicted:9.2f}" if line.predicted is not None else f"{'':>9}"
+    ratio = ""
+    if line.measured and line.predicted:
+        ratio = f"{line.measured / line.predicted:5.2f}"
+    return f"{line.section:30.30s} {line.what:34.34s} {predicted} {measured} {ratio:>5} {line.unit:9s} {line.note}"
+
+
+def run_section(session: Session, name: str, needs: float, function: Callable[[Session], None]) -> None:
+    """Run a section, or put into the table why not."""
+    left = session.ends - time.monotonic()
+    if not session.tiny and left < needs:
+        session.add(name, "skipped", None, "", note=f"needs {needs:.0f} s, {max(left, 0):.0f} s are left")
+        return
+    print(f"{name} ({left:.0f} s left)", flush=True)
+    started = time.monotonic()
+    try:
+        function(session)
+    except Exception as error:  # whatever a new machine brings, the other sections still count
+        traceback.print_exc(file=sys.stderr)
+        session.add(
+            name,
+            "failed",
+            None,
+            "",
+            note=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120],
+        )
+    session.details[f"seconds_{name}"] = round(time.monotonic() - started, 1)
+    if session.device == "cuda":
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Run the sections, write the JSON record, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--only", nargs="+", choices=[name for name, _, _ in SECTIONS])
+    parser.add_argument("--out", type=Path, help="folder of the record (default $OUT, else benchmarks/results)")
+    arguments = parser.parse_args()
+    device = arguments.device
+    if device == "auto":
+        if not torch.cuda.is_available():
+            raise SystemExit("no CUDA device here. A dry run on tiny networks: python -m benchmarks.gpu --device cpu")
+        device = "cuda"
+    torch.backends.cudnn.benchmark = True
+    before = common.environment()
+    tiny = device == "cpu"
+    # half a minute for the end
+    ends = time.monotonic() + 60.0 * arguments.minutes - 30.0
+    session = Session(device, tiny, ends, rounds=2 if tiny else 5)
+    for name, needs, function in SECTIONS:
+        if arguments.only is None or name in arguments.only:
+            run_section(session, name, needs, function)
+    out = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else common.RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"environment": before, "lines": [asdict(line) for line in session.lines], "details": session.details}
+    path = out / f"gpu_{'dry_run' if tiny else 'measured'}.json"
+    path.write_text(json.dumps(record, indent=1, default=lambda v: getattr(v, "__dict__", str(v))) + "\n")
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, a dry run: the numbers mean nothing"
+    print(f"\n== {name}, torch {torch.__version__}; predictions are for an H200; record: {path}")
+    print(f"{'section':30s} {'what':34s} {'predicted':>9} {'measured':>10} ratio unit")
+    for line in session.lines:
+        print(format_line(line))
+
+
+if __name__ == "__main__":
+    main()
