@@ -4,8 +4,9 @@
 
 Peers: torchattacks, foolbox, adversarial-robustness-toolbox, pyautoattack's APGD, a plain autograd.grad loop and a
 ``.backward()`` loop. Those that are not installed (or not in FOLDER) are skipped with a word. 16 bits: peers get the
-network under autocast, as their users do it. APGD is another algorithm: its time stands beside, its result is not
-compared. Writes results/peers_DTYPE_DEVICE.json.
+network under autocast, as their users do it, and the plain loop in fp32 stands beside them. APGD is another algorithm:
+its time stands beside, its result is not compared. "convolutions alone" is the floor: the convolutions of one attack and
+their input gradients with nothing between them. Writes results/peers_DTYPE_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from benchmarks.rungs import EPS, STEP
 
 Attack = Callable[[], torch.Tensor]
 PACKAGES = ("torchattacks", "foolbox", "eagerpy", "adversarial-robustness-toolbox", "pyautoattack")
+PLAIN, PLAIN_FP32, FLOOR = "autograd.grad loop", "autograd.grad loop, fp32", "convolutions alone"
 OTHER_ALGORITHM = ("pyautoattack APGD",)
+NOT_A_PEER = (*OTHER_ALGORITHM, PLAIN_FP32, FLOOR)
 
 
 class _Logits(nn.Module):
@@ -123,9 +126,12 @@ def contestants(setting: rungs.Setting, steps: int, *, compiled: bool) -> tuple[
     x, y = setting.x.contiguous(), setting.y  # contiguous, as those libraries' users have them
     one, two = live(), live()
     found: dict[str, Attack] = {
-        "autograd.grad loop": lambda: grad_loop(one, x, y, steps),
+        PLAIN: lambda: grad_loop(one, x, y, steps),
         ".backward() loop": lambda: backward_loop(two, x, y, steps),
     }
+    if setting.dtype != "fp32":
+        full = copy.deepcopy(setting.model).eval()
+        found[PLAIN_FP32] = lambda: grad_loop(full, x, y, steps)
     skipped: dict[str, str] = {}
     for name, build in PEERS.items():
         try:
@@ -142,7 +148,7 @@ def contestants(setting: rungs.Setting, steps: int, *, compiled: bool) -> tuple[
 def measure(setting: rungs.Setting, *, steps: int, rounds: int, compiled: bool) -> dict[str, object]:
     """Check all results against the plain loop's, then time; a contestant that is not equal stops the benchmark."""
     found, skipped = contestants(setting, steps, compiled=compiled)
-    expected = setting.loss(found["autograd.grad loop"]())
+    expected = setting.loss(found[PLAIN]())
     losses = {}
     for name, run in found.items():
         adv = run()
@@ -151,22 +157,25 @@ def measure(setting: rungs.Setting, *, steps: int, rounds: int, compiled: bool) 
         wrong = rungs.check(setting, adv, expected, slack=0.0 if name.startswith("ours") else 1e-6)
         if wrong and name not in OTHER_ALGORITHM:
             raise SystemExit(f"{name}: {wrong}; nothing is measured")
-    comparison = common.compare(
-        found, baseline="autograd.grad loop", rounds=rounds, warm_up=1, cuda=setting.device == "cuda"
-    )
-    peers = {n: t for n, t in comparison.timings.items() if not n.startswith("ours") and n not in OTHER_ALGORITHM}
+    timed: dict[str, Callable[[], object]] = {**found, FLOOR: setting.convolutions_alone(steps)}
+    comparison = common.compare(timed, baseline=PLAIN, rounds=rounds, warm_up=1, cuda=setting.device == "cuda")
+    peers = {n: t for n, t in comparison.timings.items() if not n.startswith("ours") and n not in NOT_A_PEER}
     best = min(peers, key=lambda name: peers[name].median)
-    return {
+    ours = {name: timing.median for name, timing in comparison.timings.items() if name.startswith("ours")}
+    floor = comparison.timings[FLOOR].median
+    result = {
         "losses_reached": losses,
         "skipped": skipped,
         "comparison": comparison,
         "fastest_peer": best,
-        "ours_over_fastest_peer": {
-            name: round(peers[best].median / timing.median, 3)
-            for name, timing in comparison.timings.items()
-            if name.startswith("ours")
-        },
+        "ours_over_fastest_peer": {name: round(peers[best].median / seconds, 3) for name, seconds in ours.items()},
+        "floor_over_fastest_peer": round(peers[best].median / floor, 3),
+        "share_of_ours_in_convolutions": {name: round(floor / seconds, 3) for name, seconds in ours.items()},
     }
+    if PLAIN_FP32 in comparison.timings:
+        full = comparison.timings[PLAIN_FP32].median
+        result["ours_over_fp32_loop"] = {name: round(full / seconds, 3) for name, seconds in ours.items()}
+    return result
 
 
 def show(result: dict, dtype: str) -> None:
@@ -174,15 +183,23 @@ def show(result: dict, dtype: str) -> None:
     comparison = result["comparison"]
     trusted = "" if comparison.trusted else "  NOT TRUSTED: the machine was too busy"
     print(f"\n{dtype}: A/A control {comparison.control}{trusted}")
+
+    def reached(name: str) -> str:
+        loss = result["losses_reached"].get(name)
+        return "" if loss is None else f"   loss {loss:.4f}"
+
     for name, timing in sorted(comparison.timings.items(), key=lambda item: item[1].median):
         ratio = comparison.ratios.get(name, [1.0, 1.0, 1.0])
         print(
-            f"  {name:22s} {timing.median * 1e3:9.1f} ms (best {timing.fastest * 1e3:8.1f})   "
-            f"x{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]   loss {result['losses_reached'][name]:.4f}"
+            f"  {name:24s} {timing.median * 1e3:9.1f} ms (best {timing.fastest * 1e3:8.1f})   "
+            f"x{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]{reached(name)}"
         )
     for name, reason in result["skipped"].items():
-        print(f"  {name:22s} skipped: {reason}")
+        print(f"  {name:24s} skipped: {reason}")
     print(f"  over the fastest peer ({result['fastest_peer']}): {result['ours_over_fastest_peer']}")
+    print(f"  the convolutions alone would be x{result['floor_over_fastest_peer']} of it")
+    if "ours_over_fp32_loop" in result:
+        print(f"  over the same loop in fp32: {result['ours_over_fp32_loop']}")
 
 
 def versions() -> dict[str, str]:
