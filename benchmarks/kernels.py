@@ -1,6 +1,6 @@
 """Times the fused attack operations against eager torch and against a copy on the same machine, after checking bits.
 
-    python -m benchmarks.kernels [--device cpu|cuda] [--batch 32] [--size 224] [--rounds 15]
+    python -m benchmarks.kernels [--device cpu|cuda] [--batch 32] [--size 224] [--rounds 61]
 
 Writes results/kernels_DEVICE.json. GB/s counts the bytes that the operation must move, not those that a chain moves.
 These are ratios of one operation, not of training: at 224 pixels the step is 1 to 4 % of an attack iteration.
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=61)
     arguments = parser.parse_args()
     before = common.environment()
     content = measure(arguments.device, arguments.batch, arguments.size, arguments.rounds)
