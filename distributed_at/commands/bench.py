@@ -67,10 +67,7 @@ def _certify(args: argparse.Namespace, root: Path) -> tuple[dict[str, Any], list
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_split(config.data, args.split, seed=config.seed)
     manager = CheckpointManager(folder.checkpoints)
-    which = args.checkpoint
-    if which == "auto":
-        which = "best" if config.train.select == "best_validation" else "last"
-    path = find_checkpoint(folder, manager, which)
+    path = find_checkpoint(folder, manager, args.checkpoint, config)
     classes = num_classes_of(config, source)
     network = load_network(config, manager, path, num_classes=classes).to(device)
     reasons = precision.available_precisions(device)

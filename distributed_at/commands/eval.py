@@ -119,10 +119,7 @@ def _work(args: argparse.Namespace, root: Path, config: RunConfig, protocols: li
     try:
         source = open_split(config.data, args.split, seed=config.seed)
         manager = CheckpointManager(folder.checkpoints)
-        which = args.checkpoint
-        if which == "auto":
-            which = "best" if config.train.select == "best_validation" else "last"
-        path = find_checkpoint(folder, manager, which)
+        path = find_checkpoint(folder, manager, args.checkpoint, config)
         network = load_network(config, manager, path, num_classes=num_classes_of(config, source)).to(world.device)
         if world.is_main:
             say(f"evaluating {path.name} on {source.num_samples} {args.split} images, {world.world_size} worker(s)")

@@ -116,7 +116,10 @@ def _figure6(record: RunRecord, args: argparse.Namespace) -> Drawn:
     with open_split(config.data, "train", seed=config.seed) as source:
         manager = CheckpointManager(folder.checkpoints)
         network = load_network(
-            config, manager, find_checkpoint(folder, manager, "last"), num_classes=num_classes_of(config, source)
+            config,
+            manager,
+            find_checkpoint(folder, manager, "last", config),
+            num_classes=num_classes_of(config, source),
         )
         layer = choose_layer(norm_layer_names(network.state_dict()), args.layer)
         order = StepOrder(source.num_samples, group, seed=config.seed, drop_last=True, sample_ids=source.sample_ids)

@@ -18,12 +18,16 @@ from distributed_at.errors import CheckpointError
 Choice = Literal["auto", "best", "last"]
 
 
-def find_checkpoint(folder: RunFolder, manager: CheckpointManager, which: str) -> Path:
-    """Return the checkpoint that ``which`` names: 'best', 'last', or a folder under ``checkpoints/``.
+def find_checkpoint(folder: RunFolder, manager: CheckpointManager, which: str, config: RunConfig) -> Path:
+    """Return the checkpoint that ``which`` names: 'auto', 'best', 'last', or a folder under ``checkpoints/``.
+
+    'auto' is what the recipe selects (``train.select``).
 
     Raises:
         CheckpointError: it does not exist.
     """
+    if which == "auto":
+        which = "best" if config.train.select == "best_validation" else "last"
     if which == "best":
         best = manager.best()
         if best is None:

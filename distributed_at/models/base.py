@@ -43,6 +43,15 @@ class PixelNormalisation(nn.Module):
         return x if self.identity else (x - self.mean) / self.std
 
 
+class Block(nn.Module):
+    """Base of residual blocks: (N, C, H, W) -> (N, expansion * width, H / stride, W / stride)."""
+
+    expansion = 1
+
+    def __init__(self, config: ModelConfig, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+
+
 class Network(nn.Module):
     """Base of the classifiers: ``network(x, branch="adv") -> logits``.
 
@@ -87,6 +96,35 @@ class Network(nn.Module):
                 return nullcontext(), recomputation(block)
 
             x = checkpoint(block, x, branch, use_reentrant=False, context_fn=contexts)
+        return x
+
+
+class StagedNetwork(Network):
+    """A network whose stages 'layer1', 'layer2', … each double the width; all but the first halve the image.
+
+    Attributes:
+        num_stages: how many there are.
+    """
+
+    num_stages = 0
+
+    def add_stages(self, config: ModelConfig, blocks: tuple[int, ...], block_class: type[Block]) -> int:
+        """Add ``blocks[i]`` blocks as stage i, behind ``config.base_width`` channels; return the channels after the last."""
+        channels = config.base_width
+        self.num_stages = len(blocks)
+        for stage, count in enumerate(blocks):
+            width = config.base_width * 2**stage
+            layers = []
+            for index in range(count):
+                layers.append(block_class(config, channels, width, 2 if stage > 0 and index == 0 else 1))
+                channels = width * block_class.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+        return channels
+
+    def run_stages(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+        """Return x (N, C, H, W) after all stages."""
+        for stage in range(self.num_stages):
+            x = self.run_stage(getattr(self, f"layer{stage + 1}"), x, branch)
         return x
 
 

@@ -11,17 +11,15 @@ from torch import nn
 
 from distributed_at.config import ModelConfig
 from distributed_at.models.activations import build_activation
-from distributed_at.models.base import Network, conv1x1, conv3x3, pooled, stem_conv, stem_pool
+from distributed_at.models.base import Block, StagedNetwork, conv1x1, conv3x3, pooled, stem_conv, stem_pool
 from distributed_at.models.norm import norm_factory
 
 
-class PreActBlock(nn.Module):
+class PreActBlock(Block):
     """Norm, activation and 3x3 convolution, twice; the shortcut's convolution takes the activated or the raw input."""
 
-    expansion = 1
-
     def __init__(self, config: ModelConfig, in_channels: int, width: int, stride: int) -> None:
-        super().__init__()
+        super().__init__(config, in_channels, width, stride)
         norm = norm_factory(config)
         self.activated_shortcut = config.preact_shortcut == "activated"
         self.bn1 = norm(in_channels)
@@ -42,13 +40,13 @@ class PreActBlock(nn.Module):
         return out + shortcut
 
 
-class PreActBottleneck(nn.Module):
+class PreActBottleneck(Block):
     """Norm, activation and convolution, three times (1x1, strided 3x3, 1x1); the output has four times the width."""
 
     expansion = 4
 
     def __init__(self, config: ModelConfig, in_channels: int, width: int, stride: int) -> None:
-        super().__init__()
+        super().__init__(config, in_channels, width, stride)
         norm = norm_factory(config)
         out_channels = width * self.expansion
         self.activated_shortcut = config.preact_shortcut == "activated"
@@ -75,10 +73,10 @@ class PreActBottleneck(nn.Module):
         return out + shortcut
 
 
-BLOCKS: dict[str, type[PreActBlock] | type[PreActBottleneck]] = {"basic": PreActBlock, "bottleneck": PreActBottleneck}
+BLOCKS: dict[str, type[Block]] = {"basic": PreActBlock, "bottleneck": PreActBottleneck}
 
 
-class PreActResNet(Network):
+class PreActResNet(StagedNetwork):
     """A pre-activation ResNet of any block list; stage i is 2^i times as wide as the first.
 
     With the ImageNet stem the first convolution is pooled without norm or activation, since each block brings its own.
@@ -94,23 +92,12 @@ class PreActResNet(Network):
         super().__init__(config, num_classes)
         self.conv1 = stem_conv(config)
         self.maxpool = stem_pool(config)
-        block_class = BLOCKS[block]
-        channels = config.base_width
-        self.num_stages = len(blocks)
-        for stage, count in enumerate(blocks):
-            width = config.base_width * 2**stage
-            layers = []
-            for index in range(count):
-                layers.append(block_class(config, channels, width, 2 if stage > 0 and index == 0 else 1))
-                channels = width * block_class.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+        channels = self.add_stages(config, blocks, BLOCKS[block])
         self.bn = norm_factory(config)(channels)
         self.activation = build_activation(config)
         self.linear = nn.Linear(channels, num_classes)
 
     def classify(self, x: torch.Tensor, branch: str) -> torch.Tensor:
         """Return logits (N, num_classes) of normalised pixels (N, 3, H, W)."""
-        x = self.maxpool(self.conv1(x))
-        for stage in range(self.num_stages):
-            x = self.run_stage(getattr(self, f"layer{stage + 1}"), x, branch)
+        x = self.run_stages(self.maxpool(self.conv1(x)), branch)
         return self.linear(pooled(self.activation(self.bn(x, branch))))

@@ -11,17 +11,15 @@ from torch import nn
 
 from distributed_at.config import ModelConfig
 from distributed_at.models.activations import build_activation
-from distributed_at.models.base import Network, Projection, conv1x1, conv3x3, pooled, stem_conv, stem_pool
+from distributed_at.models.base import Block, Projection, StagedNetwork, conv1x1, conv3x3, pooled, stem_conv, stem_pool
 from distributed_at.models.norm import norm_factory
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(Block):
     """Two 3x3 convolutions and a shortcut."""
 
-    expansion = 1
-
     def __init__(self, config: ModelConfig, in_channels: int, width: int, stride: int) -> None:
-        super().__init__()
+        super().__init__(config, in_channels, width, stride)
         norm = norm_factory(config)
         self.conv1 = conv3x3(in_channels, width, stride)
         self.bn1 = norm(width)
@@ -43,13 +41,13 @@ class BasicBlock(nn.Module):
         return self.activation(out + shortcut)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, 3x3 (strided) and 1x1 convolutions and a shortcut; its output has four times its width."""
 
     expansion = 4
 
     def __init__(self, config: ModelConfig, in_channels: int, width: int, stride: int) -> None:
-        super().__init__()
+        super().__init__(config, in_channels, width, stride)
         norm = norm_factory(config)
         out_channels = width * self.expansion
         self.conv1 = conv1x1(in_channels, width)
@@ -77,10 +75,10 @@ class Bottleneck(nn.Module):
         return self.activation(out + shortcut)
 
 
-BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
-class ResNet(Network):
+class ResNet(StagedNetwork):
     """A ResNet of any block list; stage i is 2^i times as wide as the first, and all but the first halve the image.
 
     Args:
@@ -96,21 +94,10 @@ class ResNet(Network):
         self.bn1 = norm_factory(config)(config.base_width)
         self.activation = build_activation(config)
         self.maxpool = stem_pool(config)
-        block_class = BLOCKS[block]
-        channels = config.base_width
-        self.num_stages = len(blocks)
-        for stage, count in enumerate(blocks):
-            width = config.base_width * 2**stage
-            layers = []
-            for index in range(count):
-                layers.append(block_class(config, channels, width, 2 if stage > 0 and index == 0 else 1))
-                channels = width * block_class.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+        channels = self.add_stages(config, blocks, BLOCKS[block])
         self.fc = nn.Linear(channels, num_classes)
 
     def classify(self, x: torch.Tensor, branch: str) -> torch.Tensor:
         """Return logits (N, num_classes) of normalised pixels (N, 3, H, W)."""
         x = self.maxpool(self.activation(self.bn1(self.conv1(x), branch)))
-        for stage in range(self.num_stages):
-            x = self.run_stage(getattr(self, f"layer{stage + 1}"), x, branch)
-        return self.fc(pooled(x))
+        return self.fc(pooled(self.run_stages(x, branch)))
