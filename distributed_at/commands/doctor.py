@@ -10,25 +10,15 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from distributed_at.commands.common import add_json, print_json, print_table
 from distributed_at.engine.launch import check_workers, detect_rank, run_workers, usable_workers
 from distributed_at.errors import ConfigError
+from distributed_at.findings import ABSENT, BROKEN, OK, SLOW, Finding
 
-OK, ABSENT, BROKEN = "ok", "absent", "broken"
 PREFLIGHT_SECONDS = 120.0  # a rank that has not come by then is missing
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's table."""
-
-    part: str
-    state: str
-    detail: str
-    fix: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +185,7 @@ def _run_distributed(args: argparse.Namespace) -> int:
     if detect_rank() is None:
         return run_workers(args.words, check_workers(args.workers) or usable_workers(), None)
     from distributed_at.engine.parallel import initialise_world, shutdown_world
-    from distributed_at.engine.preflight import BROKEN, examine_ranks
+    from distributed_at.engine.preflight import examine_ranks
     from distributed_at.recipes import dump_yaml, load_recipe
 
     recipe = dump_yaml(load_recipe(args.recipe, args.overrides).config) if args.recipe is not None else None
@@ -217,7 +207,7 @@ def _show(rows: list[dict[str, str]], *, as_json: bool) -> None:
     table = Table(box=None, header_style="bold")
     for column in ("part", "state", "what", "how to fix it"):
         table.add_column(column, overflow="fold")
-    colours = {OK: "green", ABSENT: "yellow", "slow": "yellow", BROKEN: "red"}
+    colours = {OK: "green", ABSENT: "yellow", SLOW: "yellow", BROKEN: "red"}
     for row in rows:
         table.add_row(
             row["part"], Text(row["state"], style=colours[row["state"]]), Text(row["detail"]), Text(row["fix"])

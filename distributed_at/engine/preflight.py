@@ -11,7 +11,6 @@ import shutil
 import socket
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,12 @@ import torch
 import torch.distributed as dist
 
 from distributed_at.engine.parallel import World, gather_all
+from distributed_at.findings import BROKEN, OK, SLOW, Finding
 
-OK, WORSE, BROKEN = "ok", "slow", "broken"
 SLOWER = 1.5  # times the median: then a rank is named
 LARGEST_SKEW = 1.0  # seconds; certificates, lock heartbeats and logs suffer beyond
 LEAST_FREE = 20 * 2**30  # bytes
 VISIBLE_WITHIN = 15.0  # seconds until another node's new file must be seen
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; ``state`` is OK, WORSE (it will run, slowly) or BROKEN."""
-
-    part: str
-    state: str
-    detail: str
-    fix: str = ""
 
 
 def examine_ranks(
@@ -93,7 +82,7 @@ def _devices(world: World, hosts: list[str]) -> Finding:
     told = ", ".join(name + (f" {memory / 2**30:.0f} GiB" if memory else "") for name, memory in kinds)
     detail = f"{world.world_size} ranks on {len(set(hosts))} hosts, one device each: {told}"
     if len(kinds) > 1:
-        return Finding("devices", WORSE, detail, "nodes of one kind: the slowest device sets the pace")
+        return Finding("devices", SLOW, detail, "nodes of one kind: the slowest device sets the pace")
     return Finding("devices", OK, detail)
 
 
@@ -114,7 +103,7 @@ def _speed(world: World, hosts: list[str]) -> Finding:
     slow = [r for r, s in enumerate(seconds) if s > SLOWER * statistics.median_low(seconds)]
     if slow:
         told = ", ".join(f"{_where(r, hosts)} ({seconds[r] / statistics.median_low(seconds):.1f} x)" for r in slow)
-        return Finding("compute", WORSE, f"{rates}; slow: {told}", "exclude the node: sbatch --exclude")
+        return Finding("compute", SLOW, f"{rates}; slow: {told}", "exclude the node: sbatch --exclude")
     return Finding("compute", OK, rates)
 
 
@@ -160,7 +149,7 @@ def _clocks(world: World, hosts: list[str]) -> Finding:
     skew = max(offsets) - min(offsets)
     if skew > LARGEST_SKEW:
         worst = max(range(len(offsets)), key=lambda r: abs(offsets[r] - statistics.median_low(offsets)))
-        return Finding("clocks", WORSE, f"apart by {skew:.1f} s: {_where(worst, hosts)}", "start chrony or ntpd there")
+        return Finding("clocks", SLOW, f"apart by {skew:.1f} s: {_where(worst, hosts)}", "start chrony or ntpd there")
     return Finding("clocks", OK, f"within {skew * 1e3:.0f} ms")
 
 
@@ -189,7 +178,7 @@ def _files(world: World, hosts: list[str], folder: Path, size: int) -> list[Find
     speeds = [speed for _, speed in results]
     free = shutil.disk_usage(folder).free
     detail = f"each rank writes {min(speeds) / 1e6:.0f} to {max(speeds) / 1e6:.0f} MB/s, all see each other's files"
-    state = WORSE if free < LEAST_FREE else OK
+    state = SLOW if free < LEAST_FREE else OK
     return [Finding("files", OK, detail), Finding("space", state, f"{free / 2**30:.0f} GiB free in {folder}")]
 
 

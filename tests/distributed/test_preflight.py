@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from distributed_at.engine import preflight
 from distributed_at.engine.parallel import initialise_world
-from distributed_at.engine.preflight import BROKEN, OK, WORSE
+from distributed_at.findings import BROKEN, OK, SLOW
 from tests.distributed.launch import run_ranks
 
 
@@ -46,7 +46,7 @@ def test_differences_between_ranks_are_named(tmp_path):
     )
     assert first["recipe"]["recipe"][0] == BROKEN
     assert "rank 1 on" in first["recipe"]["recipe"][1]
-    assert first["clock"]["clocks"][0] == WORSE
+    assert first["clock"]["clocks"][0] == SLOW
     assert "30.0 s: rank 1 on" in first["clock"]["clocks"][1]
     assert first["versions"]["versions"][0] == BROKEN
     assert "1.0" in first["versions"]["versions"][1]
