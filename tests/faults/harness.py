@@ -48,8 +48,12 @@ def plan(seed: int, number: int, world_size: int) -> list[Kill]:
     return kills
 
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks when it is imported
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["tests.faults.harness"])
+# the last two are what DeepSpeed and the digits import at their first use: seconds, once instead of in every rank
+_FORKSERVER.set_forkserver_preload(
+    ["tests.faults.harness", "deepspeed.runtime.zero.muon.muon_optimizer", "sklearn.datasets"]
+)
 
 
 def _enter(rank: int, world_size: int, port: int, folder: str, overrides: list[str]) -> None:
