@@ -15,7 +15,7 @@ import torch
 from distributed_at.engine.checkpoint_shards import FlatShard
 from distributed_at.errors import CheckpointError, did_you_mean
 
-MODEL, OPTIMIZER, EMA, BUFFER = "model.", "optimizer.", "ema.", "buffer."
+MODEL, OPTIMIZER, EMA, BUFFER, OBJECTIVE = "model.", "optimizer.", "ema.", "buffer.", "objective."
 
 # Optimisers whose state before the first step equals zeros: class -> keys of a group's state, "step" a scalar.
 _ZERO_START = {
@@ -51,11 +51,12 @@ def training_tensors(
     engine: Any,
     ema: Mapping[str, torch.Tensor] | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
+    objective: Mapping[str, FlatShard] | None = None,
 ) -> dict[str, FlatShard]:
-    """Return the whole training state by name: weights, optimiser state, averaged weights, buffers.
+    """Return the whole training state by name: weights, optimiser state, averaged weights, buffers, the objective's own.
 
     ``engine``: DeepSpeed's, or anything with ``module`` and ``optimizer``. ``ema`` and ``buffers``: name -> tensor, equal
-    on all ranks at a step boundary. The fragments alias live storage wherever they can: saving reads and loading writes
+    on all ranks at a step boundary. ``objective``: see ``shard_places``. The fragments alias live storage wherever they can: saving reads and loading writes
     the training state itself. Call it afresh for each save and load, on all ranks; after a load call ``after_load``.
     Optimiser state that does not exist before the first step is created as zeros, which is what the first step assumes.
     """
@@ -72,7 +73,24 @@ def training_tensors(
     for prefix, named in ((EMA, ema), (BUFFER, buffers)):
         for name, tensor in (named or {}).items():
             tensors[prefix + name] = FlatShard.whole(tensor)
+    for name, shard in (objective or {}).items():
+        tensors[OBJECTIVE + name] = shard
     return tensors
+
+
+def shard_places(tensors: Mapping[str, torch.Tensor], *, rank: int, world_size: int) -> dict[str, FlatShard]:
+    """Return tensors (B / W, ...) with a row for each place of this rank's share as fragments of (B, ...) ones.
+
+    Raises:
+        ValueError: a tensor is not contiguous, so that a load could not write into it.
+    """
+    shards = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous")
+        whole = (tensor.shape[0] * world_size, *tensor.shape[1:])
+        shards[name] = FlatShard(tensor.detach().view(-1), rank * tensor.numel(), whole)
+    return shards
 
 
 def after_load(engine: Any) -> None:

@@ -48,7 +48,10 @@ class Terms:
 
 
 class Objective:
-    """Base of all objectives. Subclasses define ``loss``; what a step keeps between steps is declared in ``state_dict``.
+    """Base of all objectives. Subclasses define ``loss``.
+
+    What a step leaves for the next one is declared here and nowhere else, and so is saved, resumed exactly and moved
+    between world sizes: numbers and words in ``state_dict``, a row for each image of a batch in ``place_tensors``.
 
     Attributes:
         needs_attack: whether ``loss`` is given adversarial images.
@@ -75,7 +78,16 @@ class Objective:
         return {"clean": group_size, "adv": group_size}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and JSON values that the next step needs; {} for an objective that is a pure function."""
+        """Return JSON values, equal on all ranks, that the next step needs; {} for a pure function of its arguments."""
+        return {}
+
+    def place_tensors(self) -> dict[str, torch.Tensor]:
+        """Return name -> (B / W, ...) contiguous tensors that the next step needs, in their own storage.
+
+        Row i belongs to the i-th place of this rank's share of a step's batch, whichever image stands there: what
+        "free" adversarial training keeps of its perturbation (Shafahi et al. 2019, algorithm 1). A resume writes into
+        these tensors, at any world size.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

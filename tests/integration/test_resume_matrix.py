@@ -9,15 +9,17 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from distributed_at.batch import Batch
 from distributed_at.config import Norm, OptimizerConfig, ScheduleConfig
 from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
-from distributed_at.objectives import OBJECTIVES
+from distributed_at.objectives import OBJECTIVES, Forward, PgdAt, Terms
 from distributed_at.recipes import load_recipe
 from tests.training_kit import RECIPE, TINY, state_digest, train, training_rows
 
@@ -124,6 +126,44 @@ def test_matrix_names_everything_in_the_registries():
     assert len(WHOLE) > 0.8 * len(set(EVERYTHING))  # what the schema refuses is the exception
     for place, names in ((0, OBJECTIVES), (1, NORMS), (2, OPTIMIZERS), (3, SCHEDULES)):
         assert {case[place] for case in WHOLE} == set(names)
+
+
+class Remembering(PgdAt):
+    """Stands for objectives that keep something between steps: a running sum for each place, and a count."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.steps = 0
+        self.sums = torch.zeros(places, 3)
+
+    def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
+        terms = super().loss(forward, batch, adv)
+        rows = self.sums[: len(batch)]
+        rows += batch.images.mean(dim=(2, 3))
+        self.steps += 1
+        return replace(terms, loss=terms.loss * (1 + rows.mean() / self.steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+    def place_tensors(self) -> dict[str, torch.Tensor]:
+        return {"sums": self.sums}
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_what_an_objective_keeps_between_steps_is_resumed_where_it_is_declared(declared, tmp_path, monkeypatch):
+    monkeypatch.setattr("distributed_at.engine.builder.build_objective", lambda config, **kwargs: Remembering(24))
+    if not declared:  # so that this test would notice a state that nobody saves
+        monkeypatch.setattr(Remembering, "place_tensors", PgdAt.place_tensors)
+    case = ("pgd_at", "bn", "sgd", "cosine", "none")
+    if declared:
+        check(case, tmp_path)
+        return
+    with pytest.raises(AssertionError):
+        check(case, tmp_path)
 
 
 def test_another_seed_or_a_lost_step_would_be_seen(tmp_path):

@@ -20,6 +20,7 @@ from distributed_at.engine import checkpoint_files as files
 from distributed_at.engine.checkpoint import CheckpointManager
 from distributed_at.engine.checkpoint_files import BadCheckpoint
 from distributed_at.engine.checkpoint_shards import FlatShard
+from distributed_at.engine.checkpoint_state import shard_places
 from distributed_at.errors import CheckpointError
 
 
@@ -49,6 +50,19 @@ def test_load_returns_what_was_saved_bit_for_bit(tmp_path):
     target = state(0)
     assert manager(tmp_path).load(m.latest_good(), target) == {"epoch": 1.5, "nested": {"list": [1, "two", None]}}
     assert all(torch.equal(target[k], v) for k, v in state(7.25).items())
+
+
+def test_rows_of_places_open_at_another_world_size(tmp_path):
+    batch = torch.randn(12, 3, 2)
+    m = manager(tmp_path)
+    m.save(1, {"objective.delta": batch}, {})
+    for world_size in (1, 2, 3, 4):
+        parts = [torch.zeros(12 // world_size, 3, 2) for _ in range(world_size)]
+        for rank, part in enumerate(parts):
+            m.load(m.latest_good(), {"objective.delta": shard_places({"": part}, rank=rank, world_size=world_size)[""]})
+        assert torch.equal(torch.cat(parts), batch)
+    with pytest.raises(ValueError, match="not contiguous"):
+        shard_places({"delta": batch.transpose(1, 2)}, rank=0, world_size=1)
 
 
 def test_non_contiguous_tensors_are_filled_in_place_and_independent_of_memory_format(tmp_path):
