@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -124,9 +124,8 @@ def training_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Record]]:
-    """Note each training sample's id, view, start and target as the attack gets them."""
-    records: list[Record] = []
+def noting(note: Callable[[Record], None]) -> Iterator[None]:
+    """Call ``note`` with each training sample's id, view, start and target as the attack gets them."""
     targets: list[int] = []
     start, goal = Threat.random_start, PGD._goal
 
@@ -139,10 +138,18 @@ def recorded() -> Iterator[list[Record]]:
         adv = start(self, x, epoch=epoch, sample_ids=sample_ids, **kwargs)
         if epoch != EVALUATION_EPOCH:
             for i, sample in enumerate(sample_ids.tolist()):
-                records.append((epoch, sample, _crc(x[i]), _crc(adv[i]), targets[i]))
+                note((epoch, sample, _crc(x[i]), _crc(adv[i]), targets[i]))
         return adv
 
     with mock.patch.object(Threat, "random_start", noting_start), mock.patch.object(PGD, "_goal", noting_goal):
+        yield
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Record]]:
+    """Collect what ``noting`` notes."""
+    records: list[Record] = []
+    with noting(records.append):
         yield records
 
 

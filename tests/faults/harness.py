@@ -11,7 +11,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,7 @@ from distributed_at.recipes import load_recipe
 from tests.training_kit import RECIPE, TINY
 
 Moment = Literal["any", "in_checkpoint", "at_once"]
+Inside = Callable[[int], AbstractContextManager]  # rank -> what surrounds that rank's life; picklable
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ _FORKSERVER.set_forkserver_preload(
 )
 
 
-def _enter(rank: int, world_size: int, port: int, folder: str, overrides: list[str]) -> None:
+def _enter(
+    rank: int, world_size: int, port: int, folder: str, overrides: list[str], inside: Inside, quiet: bool
+) -> None:
     """The life of one rank: what `distributed-at train` does in a worker."""
     output = os.open(f"{folder}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -72,17 +76,32 @@ def _enter(rank: int, world_size: int, port: int, folder: str, overrides: list[s
     prepare_process()
     torch.set_num_threads(1)
     config = load_recipe(str(RECIPE), [*TINY, *overrides]).config
-    os._exit(run_worker(config, RunFolder(Path(folder)), quiet=True))
+    with inside(rank):
+        code = run_worker(config, RunFolder(Path(folder)), quiet=quiet)
+    os._exit(code)
 
 
 class Start:
-    """One start of a run on ``world_size`` ranks, forked from a process that has imported everything already."""
+    """One start of a run on ``world_size`` ranks, forked from a process that has imported everything already.
 
-    def __init__(self, folder: Path, world_size: int, overrides: Sequence[str] = ()) -> None:
+    ``inside``: called in each rank with its number; the rank lives inside the context that it returns.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world_size: int,
+        overrides: Sequence[str] = (),
+        *,
+        inside: Inside = contextlib.nullcontext,
+        quiet: bool = True,
+    ) -> None:
         self.folder = folder
         port = free_port()
         self._ranks = [
-            _FORKSERVER.Process(target=_enter, args=(rank, world_size, port, str(folder), list(overrides)))
+            _FORKSERVER.Process(
+                target=_enter, args=(rank, world_size, port, str(folder), list(overrides), inside, quiet)
+            )
             for rank in range(world_size)
         ]
         for process in self._ranks:
