@@ -24,7 +24,7 @@ VERBS = {
     "figures": "draw the figures of a set of runs: clean ratio, attack iterations, BN statistics, depth",
     "plan": "check a recipe at any world size and say what it costs, without running it",
     "recipes": "list recipes, or show one resolved",
-    "data": "index or check an image folder",
+    "data": "index, check or pack an image folder; check a file of extra images",
     "bench": "certify what 16-bit attacks on a run's network are worth",
     "checkpoint": "list, verify, compare or convert checkpoints",
     "doctor": "say what is installed, what will be used, and how to fix what is missing",

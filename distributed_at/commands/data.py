@@ -1,4 +1,4 @@
-"""Index an image folder once, check every file of it, or pack it into tar shards for file systems that hate small files."""
+"""Index an image folder once, check every file of it or a file of extra images, or pack a folder into tar shards."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, text in (
         ("index", "list FOLDER and read every image's header; unreadable files are set aside"),
-        ("verify", "the same, but decode every image in full, which also finds files cut short"),
+        ("verify", "the same, but decode every image in full, which also finds files cut short; or check FILE"),
     ):
         action = actions.add_parser(name, help=text)
-        action.add_argument("folder", type=Path, help="holds train/ and val/, or is one folder of class folders")
+        text = "holds train/ and val/, or is one folder of class folders"
+        if name == "verify":
+            text += "; or a file of pseudo-labelled extra images (.pickle, .npz)"
+        action.add_argument("folder", type=Path, help=text)
         action.add_argument("--split", action="append", choices=_SPLITS, help="default: all that FOLDER holds")
         action.add_argument("--threads", type=int, default=0, help="files read at once; 0 = by the machine")
         add_json(action)
@@ -142,6 +145,22 @@ def _verify_shards(args: argparse.Namespace, folders: dict[str, Path]) -> int:
     return EXIT_DAMAGED if damaged else 0
 
 
+def _verify_extra(args: argparse.Namespace) -> int:
+    from distributed_at.data.extra import read_extra
+
+    if args.split:
+        raise ConfigError(f"--split is for folders; {args.folder} is a file")
+    extra = read_extra(args.folder)
+    counts = extra.labels_per_class()
+    row: dict[str, Any] = {"file": str(args.folder), "images": len(extra), "shape": list(extra.images.shape[1:])}
+    if args.json:
+        print_json({**row, "labels_per_class": counts})
+        return 0
+    row["labels per class"] = "  ".join(f"{label}: {count}" for label, count in counts.items())
+    _show(args, [row])
+    return 0
+
+
 def _show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if args.json:
         print_json(rows)
@@ -159,6 +178,8 @@ def _show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.action == "shard":
         return _shard(args)
+    if args.action == "verify" and args.folder.is_file():
+        return _verify_extra(args)
     from distributed_at.data.shards import has_shards
 
     folders = split_folders(args.folder, args.split)

@@ -83,9 +83,9 @@ def find_cifar(path: Path, dataset: str) -> tuple[Path, bool]:
 def _read_python(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     batch = load_data_pickle(path)
     rows, labels = batch.get("data"), batch.get(layout.label_key)
-    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != _ROW:
-        shape = getattr(rows, "shape", type(rows).__name__)
-        raise DataError(f"{path}: 'data' must be uint8 rows of {_ROW} values (3 x 32 x 32), found {shape}")
+    if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != _ROW:
+        found = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
+        raise DataError(f"{path}: 'data' must be uint8 rows of {_ROW} values (3 x 32 x 32), found {found}")
     if not isinstance(labels, list) or len(labels) != len(rows) or not all(type(y) is int for y in labels):
         raise DataError(f"{path}: '{layout.label_key}' must be a list of {len(rows)} integers, one per image")
     return rows, np.asarray(labels, dtype=np.int64)

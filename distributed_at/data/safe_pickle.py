@@ -1,13 +1,13 @@
-"""Reads the pickles that CIFAR is published as, without running anything that a file names.
+"""Reads the pickles that image sets are published as (CIFAR, pseudo-labelled extra images), running nothing they name.
 
 An ordinary unpickler calls whatever function a file asks for. This one knows three names of numpy and one of Python's
 codecs, maps them to inert stand-ins of its own, and refuses all others; what comes out is dicts, lists, numbers, bytes
-and uint8 arrays.
+and arrays of integers.
 """
 
 from __future__ import annotations
 
-import io
+import mmap
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 
 from distributed_at.errors import DataError
+from distributed_at.plain_pickle import PlainUnpickler
+
+_INTEGERS = frozenset({"u1", "u2", "u4", "i1", "i2", "i4", "i8"})
 
 
 class _Refused(pickle.UnpicklingError):
@@ -26,13 +29,20 @@ class _ArrayName:
 
 
 class _Dtype:
-    """Stands for a numpy dtype: remembers its code and takes no other notice of its state."""
+    """Stands for a numpy dtype: remembers its code and byte order and takes no other notice of its state."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else str(code)
+        self.order = "|"
 
     def __setstate__(self, state: Any) -> None:
-        pass  # byte order and fields do not exist for uint8
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        self.order = order.decode("latin1") if isinstance(order, bytes) else str(order)
+
+    def to_numpy(self) -> np.dtype:
+        if self.code not in _INTEGERS or self.order not in ("|", "<", ">"):
+            raise _Refused(f"an array of type {self.code!r} where pixels are uint8 and labels are integers")
+        return np.dtype(self.order + self.code)
 
 
 class _Array:
@@ -48,16 +58,18 @@ class _Array:
         if not (isinstance(self.state, tuple) and len(self.state) == 5):
             raise _Refused("an array without the five fields of numpy's format")
         _, shape, dtype, fortran, raw = self.state
-        if not isinstance(dtype, _Dtype) or dtype.code not in ("u1", "|u1", "uint8"):
-            raise _Refused(f"an array of type {getattr(dtype, 'code', dtype)!r} where pixels are uint8")
+        if not isinstance(dtype, _Dtype):
+            raise _Refused("an array without a type")
+        kind = dtype.to_numpy()
         if isinstance(raw, str):
             raw = raw.encode("latin1")
         if not isinstance(raw, bytes) or not isinstance(shape, tuple):
             raise _Refused("an array without bytes or shape")
-        values = np.frombuffer(raw, dtype=np.uint8)
-        if any(not isinstance(n, int) or n < 0 for n in shape) or int(np.prod(shape, dtype=object)) != values.size:
-            raise _Refused(f"an array of shape {shape} over {values.size} bytes")
-        return values.reshape(shape, order="F" if fortran else "C")
+        sizes_are_counts = all(isinstance(n, int) and n >= 0 for n in shape)
+        if not sizes_are_counts or int(np.prod(shape, dtype=object)) * kind.itemsize != len(raw):
+            raise _Refused(f"an array of shape {shape} and type {dtype.code!r} over {len(raw)} bytes")
+        values = np.frombuffer(raw, dtype=kind).reshape(shape, order="F" if fortran else "C")
+        return values.astype(kind.newbyteorder("="), copy=False)
 
 
 def _encode(text: Any, codec: Any = "latin1") -> bytes:
@@ -85,7 +97,7 @@ _ALLOWED = {
 }
 
 
-class _DataUnpickler(pickle.Unpickler):
+class _DataUnpickler(PlainUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
@@ -102,13 +114,14 @@ def _plain(value: Any) -> Any:
 
 
 def load_data_pickle(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a published data pickle; keys as str, arrays as numpy uint8.
+    """Return the dictionary in a published data pickle; keys as str, arrays as numpy integers in native byte order.
 
     Raises:
         DataError: the file is not a pickle, is cut short, names anything but data, or holds no dictionary.
     """
     try:
-        value = _plain(_DataUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load())
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            value = _plain(_DataUnpickler(content, encoding="bytes").load())
     except _Refused as error:
         raise DataError(
             f"{path}: refused to read: {error}. Nothing in it was run; get the file again from its publisher."

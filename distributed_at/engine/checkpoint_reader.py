@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from distributed_at.engine.checkpoint_files import BadCheckpoint, Manifest, open_plain
+from distributed_at.plain_pickle import PlainUnpickler
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -39,16 +42,13 @@ _ALLOWED = {
 _ZIP_SLACK = 1 << 16  # bytes of a zip container beside its tensor
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(PlainUnpickler):
     """Builds the dozen plain classes that ``.metadata`` consists of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise BadCheckpoint(f".metadata asks for {module}.{name}, which no checkpoint needs; nothing was run")
-        return super().find_class(module, name)
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise BadCheckpoint(".metadata holds an external reference, which no checkpoint needs")
+        return getattr(importlib.import_module(module), name)
 
 
 class _RememberingFile(io.FileIO):
@@ -169,6 +169,16 @@ class SafeReader(FileSystemReader):
         return done
 
 
+def load_without_code(file: Path | io.BytesIO) -> Any:
+    """Return what a file of torch's holds; BadCheckpoint, where torch would advise to trust it, if it names code."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it names {named[1]}, which tensors do not need" if named else "it holds something other than tensors"
+        raise BadCheckpoint(f"{what}; nothing in it was run") from None
+
+
 def _read_tensor(file: io.BufferedReader, offset: int, length: int) -> torch.Tensor:
     """Return the 1-D tensor stored at ``[offset, offset + length)``; a compressed (exploding) container is refused."""
     file.seek(offset)
@@ -180,7 +190,7 @@ def _read_tensor(file: io.BufferedReader, offset: int, length: int) -> torch.Ten
         if sum(entry.file_size for entry in entries) > length + _ZIP_SLACK:
             raise BadCheckpoint("a tensor's container is larger inside than outside")
     raw.seek(0)
-    tensor = torch.load(raw, map_location="cpu", weights_only=True)
+    tensor = load_without_code(raw)
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 1 or tensor.untyped_storage().nbytes() > length:
         raise BadCheckpoint("a stored piece is not a one-dimensional tensor")
     return tensor

