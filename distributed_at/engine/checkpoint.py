@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from distributed_at.engine.checkpoint_shards import (
     mismatches,
     snapshot,
 )
-from distributed_at.errors import CheckpointError
+from distributed_at.errors import CheckpointError, UserError
 from distributed_at.files import write_atomically
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -191,8 +192,14 @@ class CheckpointManager:
             "warning",
             code="checkpoint_failed",
             step=result.step,
-            message=f"checkpoint of step {result.step} not written, training goes on, older ones are kept: {told}",
+            message=f"checkpoint of step {result.step} not written: {told}. Training goes on, older ones are kept; "
+            f"next attempt in {wait:.0f} s",
         )
+
+    @property
+    def retry_is_due(self) -> bool:
+        """Whether the newest save failed and the wait after it is over, by this rank's clock."""
+        return self._failures_in_row > 0 and time.monotonic() >= self._next_try
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._on_event is not None and self.ranks.is_first:
@@ -361,18 +368,26 @@ class CheckpointManager:
         return manifest.metadata
 
     def probe(self) -> None:
-        """Write and remove a small file, so that a read-only or full disk is found before training starts."""
-        self.wait()
-        failure = None
-        if self.ranks.is_first:
-            failure = attempt(self._probe_once)
-        if failures := self.ranks.failures(failure):
-            raise CheckpointError(f"cannot write checkpoints to {self.root}: {'; '.join(failures)}")
+        """Let every rank write and remove a small file, so that a disk that refuses is found before hours are spent.
 
-    def _probe_once(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.root / "probe", "x" * 4096)
-        os.unlink(self.root / "probe")
+        Raises:
+            UserError: the same on all ranks, where one cannot write, or the ranks do not see one folder.
+        """
+        ranks = self.ranks
+        mark = ranks.broadcast(uuid.uuid4().hex)
+        path = self.root / f".probe-{mark}"
+        failures = ranks.failures(attempt(lambda: write_atomically(path, "x" * 4096)) if ranks.is_first else None)
+        if not failures:
+            own = path.with_name(f"{path.name}-{ranks.rank}")
+            failure = attempt(lambda: write_atomically(own, "x" * 4096))
+            attempt(own.unlink)
+            if failure is None and not path.exists():
+                failure = "does not see what rank 0 wrote; the run folder must be on a file system that all nodes share"
+            failures = ranks.failures(failure)
+            if ranks.is_first:
+                attempt(path.unlink)
+        if failures:
+            raise UserError(f"cannot write checkpoints to {self.root}: {merge(failures)}")
 
 
 def _fresh_folder(path: Path) -> None:

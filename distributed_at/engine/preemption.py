@@ -90,7 +90,7 @@ class StopListener:
         return self._first.name if self._first is not None else None
 
     def stop_requested(self) -> bool:
-        """Whether this rank was asked to stop; the ranks must agree before any of them acts (``agree_to_stop``)."""
+        """Whether this rank was asked to stop; the ranks must agree before any of them acts (``agree_max``)."""
         return self._first is not None
 
     def _listen(self) -> None:
@@ -124,13 +124,8 @@ def stop_requested() -> bool:
     return _listener is not None and _listener.stop_requested()
 
 
-def agree_to_stop(stop: bool, *, group: Any = None) -> bool:
-    """Whether any rank was asked to stop; all ranks call it at the same step boundary and get the same answer."""
-    return bool(agree_max([int(stop)], group=group)[0])
-
-
 def agree_max(flags: Sequence[int], *, group: Any = None) -> list[int]:
-    """Element-wise maximum over all ranks of small integers: stop, save now, a clock of rank 0, all in one exchange.
+    """Element-wise maximum over all ranks of small integers: stop, save now, how bad the step was, all in one exchange.
 
     ``group``: preferably a gloo group, so that no flag waits for the GPU. Without a process group, the flags themselves.
     """

@@ -14,20 +14,27 @@ from distributed_at.engine.checkpoint_state import after_load, shard_places, tra
 from distributed_at.engine.nonfinite import weights_finite
 from distributed_at.engine.parallel import gather_all
 from distributed_at.engine.preemption import agree_max
+from distributed_at.engine.runlock import RunLock
+from distributed_at.errors import LockedError
 from distributed_at.models.norm import bn_buffers
 
 if TYPE_CHECKING:
     from distributed_at.engine.trainer import Trainer
 
 FORMAT = 1
+PATIENCE = (10.0, 30.0)  # seconds between the attempts to save a finished run
 
 
 class Checkpoints:
-    """Saves a trainer's whole state when it is due, and puts it back."""
+    """Saves a trainer's whole state when it is due, and puts it back.
 
-    def __init__(self, manager: CheckpointManager, config: CheckpointConfig) -> None:
+    ``lock``: the run's, on rank 0; a run that has lost it to another start saves no more and ends.
+    """
+
+    def __init__(self, manager: CheckpointManager, config: CheckpointConfig, lock: RunLock | None = None) -> None:
         self._manager = manager
         self._config = config
+        self._lock = lock
         self._last_step = -1
         self.failure: str | None = None  # why the newest save that was waited for did not succeed
         self._last_time = time.monotonic()
@@ -79,34 +86,56 @@ class Checkpoints:
             parts.engine.unfreeze_bn()
         return True
 
+    def asks(self) -> bool:
+        """Whether this rank's clock asks for a save: the minutes are over, or the wait after a failed save is.
+
+        Ranks must agree on rank 0's answer; it goes with the flags that they exchange in every step.
+        """
+        minutes = self._config.every_minutes
+        if minutes is not None and time.monotonic() - self._last_time >= minutes * 60:
+            return True
+        return self._manager.retry_is_due
+
     def is_due(self, trainer: Trainer) -> bool:
-        """Whether the step just finished is one to save, by steps, epochs or minutes."""
+        """Whether the step just finished is one to save, by steps or epochs."""
         step, config = trainer.state.step, self._config
         if config.every_steps is not None and step % config.every_steps == 0:
             return True
         if config.every_epochs is not None:
             interval = max(1, round(config.every_epochs * trainer.parts.order.steps_per_epoch))
-            if step % interval == 0:
-                return True
-        if config.every_minutes is not None:
-            waited = time.monotonic() - self._last_time >= config.every_minutes * 60
-            return bool(agree_max([int(waited and trainer.world.is_main)], group=trainer.world.control)[0])
+            return step % interval == 0
         return False
 
-    def save_if_due(self, trainer: Trainer, *, force: bool = False) -> bool:
-        """Save where it is due; ``force`` saves at once and waits until the state cannot be lost.
+    def save_if_due(self, trainer: Trainer, *, asked: bool = False, force: bool = False, patient: bool = False) -> bool:
+        """Save where it is due or ``asked`` for; ``force`` saves at once and waits until the state cannot be lost.
 
-        Returns False, without saving, where weights or statistics are no longer finite: such a checkpoint is no good one.
+        ``patient``: nothing comes after this save, so try again for a while where the disk refuses. Returns False,
+        without saving, where weights or statistics are no longer finite: such a checkpoint is no good one.
+
+        Raises:
+            LockedError: on all ranks, where another start holds the run's folder now.
         """
         self._manager.poll()
-        if (force or self.is_due(trainer)) and self._last_step != trainer.state.step:
+        if (force or asked or self.is_due(trainer)) and self._last_step != trainer.state.step:
+            self._check_lock(trainer)
             bad = not weights_finite(trainer.parts.engine.module)
             if agree_max([int(bad)], group=trainer.world.control)[0]:
                 return False
             self._save(trainer, asynchronous=self._config.asynchronous and not force, force=force)
         elif force:
             self._manager.wait()
+        for seconds in PATIENCE if patient else ():
+            if self.failure is None:
+                break
+            time.sleep(seconds)
+            self._save(trainer, asynchronous=False, force=True)
         return True
+
+    def _check_lock(self, trainer: Trainer) -> None:
+        other = self._lock.taken_by() if self._lock is not None else None
+        told = gather_all(None if other is None else str(other), trainer.world)[0]
+        if told is not None:
+            raise LockedError(f"this run's folder was taken over by {told}; this start ends without saving")
 
     def _save(self, trainer: Trainer, *, asynchronous: bool, force: bool) -> None:
         result = self._manager.save(
@@ -126,7 +155,8 @@ class Checkpoints:
             return
         if self._last_step != trainer.state.step:
             self._save(trainer, asynchronous=False, force=True)
-        self._manager.mark_best(trainer.state.step, best["accuracy"])
+        if self.failure is None:  # else the best one that exists stays marked
+            self._manager.mark_best(trainer.state.step, best["accuracy"])
 
     def wait(self) -> None:
         """Wait for a save in the background; call before leaving."""

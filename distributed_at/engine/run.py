@@ -43,7 +43,7 @@ def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, q
         watchdog = Watchdog(folder.logs, rank=world.rank, timeouts=section_timeouts(config.parallel.timeout_seconds))
         events = _open_events(world, config, folder, quiet)
         with watchdog.section("setup"):
-            outcome = _train(world, config, folder, events, watchdog, stop.stop_requested)
+            outcome = _train(world, config, folder, lock, events, watchdog, stop.stop_requested)
         together = True
     finally:
         if watchdog is not None:
@@ -129,12 +129,11 @@ def _train(
     world: World,
     config: RunConfig,
     folder: RunFolder,
+    lock: RunLock | None,
     events: EventLog,
     watchdog: Watchdog,
     stop_requested: Callable[[], bool],
 ) -> Outcome:
-    parts = build_parts(config, world, folder)
-
     def on_checkpoint_event(kind: str, fields: dict[str, Any]) -> None:
         step = int(fields.pop("step", 0))
         events.write(kind, step=step, epoch=step / parts.order.steps_per_epoch, **fields)
@@ -147,10 +146,12 @@ def _train(
         on_event=on_checkpoint_event,
         timeout_seconds=config.parallel.timeout_seconds,
     )
+    manager.probe()
+    parts = build_parts(config, world, folder)
     validator = Validator(config, world) if config.evaluation.validation else None
     trainer = Trainer(
         parts,
-        Checkpoints(manager, config.checkpoint),
+        Checkpoints(manager, config.checkpoint, lock),
         validator,
         events,
         stop_requested=stop_requested,

@@ -68,9 +68,6 @@ class RunFolder:
         try:
             for folder in (self.root, self.checkpoints, self.evaluations, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-            probe = self.root / ".write-probe"
-            probe.write_text("x")
-            probe.unlink()
             if not self.recipe.exists():
                 write_atomically(self.recipe, dump_yaml(config))
         except OSError as error:

@@ -124,11 +124,24 @@ class RunLock:
         self._me = None
 
     def held(self) -> bool:
-        """Whether the lock is still this process's: ask before writing what another run could also be writing."""
+        """Whether the lock is still this process's."""
         if self._me is None:
             return False
         holder = self._holder()
         return holder is not None and holder.token == self._me.token
+
+    def taken_by(self) -> Holder | None:
+        """Who holds the lock instead of this process, None where nobody is known to: ask before writing what they write.
+
+        A file server that does not answer is no reason to end a run, so a lock that cannot be read counts as ours.
+        """
+        if self._me is None:
+            return None
+        try:
+            holder = self._holder()
+        except LockedError:
+            return None
+        return holder if holder is not None and holder.token != self._me.token else None
 
     def __enter__(self) -> RunLock:
         return self.acquire()
@@ -138,7 +151,7 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat_seconds):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, LockedError):
                 if self.held():
                     os.utime(self.path)
 
@@ -206,23 +219,6 @@ class RunLock:
         finally:
             with contextlib.suppress(OSError):
                 marker.unlink()
-
-
-def lock_on_first_rank(folder: Path | str, **options: float) -> RunLock | None:
-    """All ranks call it: rank 0 takes the lock and returns it, others return None; refused on one means refused on all."""
-    from distributed_at.engine.checkpoint_ranks import Ranks
-
-    ranks = Ranks()
-    lock, refused = None, None
-    if ranks.is_first:
-        try:
-            lock = RunLock(folder, **options).acquire()
-        except LockedError as error:
-            refused = str(error)
-    refused = ranks.broadcast(refused)
-    if refused is not None:
-        raise LockedError(refused)
-    return lock
 
 
 def _link(source: Path, target: Path) -> bool:

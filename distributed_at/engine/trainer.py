@@ -80,6 +80,7 @@ class Trainer:
         self._clock = StepClock(parts.world.device)
         self._times = StepTimes()
         self._slow: set[int] = set()
+        self._save_asked = False  # agreed in every step
         self.meters = Meters(parts.world.device)
         self.guard = NonfiniteGuard(parts.config.train, weights_stay=parts.skips_nonfinite)
 
@@ -168,7 +169,10 @@ class Trainer:
             self._validate_if_due()
         finished = self.state.step == self.parts.total_steps
         with self._clock.section("checkpoint"), self._watch("checkpoint"):
-            saved = self._checkpoints.save_if_due(self, force=stop or finished or self.early.should_stop)
+            last = finished or self.early.should_stop
+            saved = self._checkpoints.save_if_due(
+                self, asked=self._save_asked, force=stop or last, patient=last and not stop
+            )
         if not saved:
             self._event("nonfinite", at_step=self.state.step - 1, what="weights", sample_ids=[])
             self.guard.failed(self.state.step - 1, "weight", weights_stay=False)
@@ -237,7 +241,9 @@ class Trainer:
             bad = LOSS
         elif done and not self.parts.engine.step_applied:
             bad = GRADIENT
-        stop, bad = agree_max([int(self._stop_requested()), bad], group=self.world.control)
+        own = (self._stop_requested(), self.world.is_main and self._checkpoints.asks(), bad)
+        stop, save, bad = agree_max([int(flag) for flag in own], group=self.world.control)
+        self._save_asked = bool(save)
         if done and not bad and self.guard.watches_jumps:
             own = sum(terms.loss.double() * micro.weight for terms, micro in zip(done, micros, strict=True))
             if self.guard.jumps(float(sum_over_ranks(self.world, torch.as_tensor(own)))):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from distributed_at.engine import checkpoint_files as files
 from distributed_at.engine.checkpoint import CheckpointManager
 from distributed_at.engine.checkpoint_shards import FlatShard
-from distributed_at.errors import CheckpointError, LockedError
+from distributed_at.errors import CheckpointError
 from tests.distributed import checkpoint_worker as worker
 
 SIZE = 30_011
@@ -107,22 +107,6 @@ def test_refusals_are_the_same_on_all_ranks_and_a_damaged_newest_one_is_skipped_
     first, second = worker.run(tmp_path / "d", 2, load_damaged, root)
     assert first == second
     assert "__0_0.distcp is missing" in first
-
-
-def lock_on_all(folder):
-    from distributed_at.engine.runlock import lock_on_first_rank
-
-    lock = lock_on_first_rank(folder)
-    with pytest.raises(LockedError):
-        lock_on_first_rank(folder)
-    dist.barrier()
-    if lock is not None:
-        lock.release()
-    return lock is not None
-
-
-def test_a_refused_lock_is_refused_on_all_ranks(tmp_path):
-    assert worker.run(tmp_path / "a", 2, lock_on_all, tmp_path / "r") == [True, False]
 
 
 CHILD = """

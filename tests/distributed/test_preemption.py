@@ -84,7 +84,7 @@ def test_killed_launcher_leaves_no_worker():
 
 
 def _steps(rank: int, world: int, folder: str) -> None:
-    from distributed_at.engine.preemption import agree_max, agree_to_stop, start_listening
+    from distributed_at.engine.preemption import agree_max, start_listening
     from distributed_at.engine.watchdog import StepTimes
 
     listener = start_listening()
@@ -98,7 +98,7 @@ def _steps(rank: int, world: int, folder: str) -> None:
         if rank == 1 and step == 7:
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.3)  # the others wait in the collective meanwhile
-        if agree_to_stop(listener.stop_requested()):
+        if agree_max([int(listener.stop_requested())])[0]:
             break
     Path(folder, f"stopped-{rank}").write_text(str(step))
     dist.barrier()

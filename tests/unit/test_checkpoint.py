@@ -19,7 +19,7 @@ from distributed_at.engine.checkpoint import CheckpointManager
 from distributed_at.engine.checkpoint_files import BadCheckpoint
 from distributed_at.engine.checkpoint_shards import FlatShard
 from distributed_at.engine.checkpoint_state import shard_places
-from distributed_at.errors import CheckpointError
+from distributed_at.errors import CheckpointError, UserError
 
 
 def state(value: float) -> dict[str, torch.Tensor]:

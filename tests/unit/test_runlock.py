@@ -126,8 +126,15 @@ def test_heartbeat_keeps_the_lock_fresh_and_a_lost_lock_is_noticed_and_left_alon
     time.sleep(0.4)
     assert (tmp_path / "lock").stat().st_mtime > 1
     assert lock.held()
+    assert lock.taken_by() is None
     plant(tmp_path, token="somebody-else")
     assert not lock.held()
+    assert lock.taken_by().token == "somebody-else"
+    (tmp_path / "lock").rename(tmp_path / "aside")
+    (tmp_path / "lock").mkdir()  # cannot be read: not known to be another's
+    assert lock.taken_by() is None
+    (tmp_path / "lock").rmdir()
+    (tmp_path / "aside").rename(tmp_path / "lock")
     lock.release()
     assert (tmp_path / "lock").exists()
 
