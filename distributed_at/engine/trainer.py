@@ -241,8 +241,8 @@ class Trainer:
             bad = LOSS
         elif done and not self.parts.engine.step_applied:
             bad = GRADIENT
-        own = (self._stop_requested(), self.world.is_main and self._checkpoints.asks(), bad)
-        stop, save, bad = agree_max([int(flag) for flag in own], group=self.world.control)
+        flags = (self._stop_requested(), self.world.is_main and self._checkpoints.asks(), bad)
+        stop, save, bad = agree_max([int(flag) for flag in flags], group=self.world.control)
         self._save_asked = bool(save)
         if done and not bad and self.guard.watches_jumps:
             own = sum(terms.loss.double() * micro.weight for terms, micro in zip(done, micros, strict=True))
