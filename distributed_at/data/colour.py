@@ -21,9 +21,9 @@ STRENGTH = 0.4
 LIGHTING_STD = 0.1
 _DRAWS = 9  # order of the operations has its own draw; three factors, six words for three normals
 # Principal components of ImageNet's RGB values (Krizhevsky et al., "ImageNet classification", 4.1), /1 units.
-_EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
-_EIGENVECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as cv2.cvtColor
+PRINCIPAL_VALUES = np.array([0.2175, 0.0188, 0.0045])
+PRINCIPAL_COMPONENTS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+_LUMA = np.array([299, 587, 114], dtype=np.float32)  # thousandths of ITU-R BT.601, as cv2.cvtColor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,60 +48,69 @@ def jitters(ids: np.ndarray, *, epoch: int, seed: int) -> list[Jitter]:
             math.sqrt(-2 * math.log(row[3 + 2 * k] + 2.0**-25)) * math.cos(2 * math.pi * row[4 + 2 * k])
             for k in range(3)
         ]
-        weights = [LIGHTING_STD * value * 255 * normal for value, normal in zip(_EIGENVALUES, normals, strict=True)]
+        weights = [LIGHTING_STD * value * 255 * normal for value, normal in zip(PRINCIPAL_VALUES, normals, strict=True)]
         brightness, contrast, saturation = (1 - STRENGTH + 2 * STRENGTH * row[:3]).tolist()
-        shift = tuple(sum(vector[k] * weights[k] for k in range(3)) for vector in _EIGENVECTORS)
+        shift = tuple(sum(vector[k] * weights[k] for k in range(3)) for vector in PRINCIPAL_COMPONENTS)
         out.append(
             Jitter(order=_ORDERS[order], brightness=brightness, contrast=contrast, saturation=saturation, shift=shift)
         )
     return out
 
 
-def _truncate(values: np.ndarray) -> np.ndarray:
-    return np.clip(values, 0, 255).astype(np.uint8)
+# Below, ``pixels`` is (H, 3 W) float32 that holds whole numbers in [0, 255], a row's colours in turn: numpy's inner loops
+# then run over whole rows. Each operation changes it in place.
 
 
-def _per_channel(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Apply a (256, 3) uint8 table to a (H, W, 3) image; point operations on uint8 are tables."""
-    return np.stack([table[:, c][image[..., c]] for c in range(3)], axis=-1)
+def _truncate(pixels: np.ndarray) -> None:
+    np.clip(pixels, 0, 255, out=pixels)
+    np.floor(pixels, out=pixels)
 
 
-_LEVELS = np.arange(256, dtype=np.float64)[:, None].repeat(3, axis=1)
+def _each_pixel(colour: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Return (3 W,) float32: the three values of ``colour`` repeated along a row of ``pixels``."""
+    return np.tile(np.asarray(colour, dtype=np.float32), pixels.shape[1] // 3)
 
 
-def _brightness(image: np.ndarray, jitter: Jitter) -> np.ndarray:
-    return _truncate(_LEVELS[:, 0] * jitter.brightness)[image]
+def _brightness(pixels: np.ndarray, jitter: Jitter) -> None:
+    pixels *= np.float32(jitter.brightness)
 
 
-def _contrast(image: np.ndarray, jitter: Jitter) -> np.ndarray:
-    height, width = image.shape[:2]
-    columns = image.reshape(height, width * 3).sum(axis=0, dtype=np.uint32)  # whole rows at once: exact, and fast
-    mean = columns.reshape(width, 3).sum(axis=0, dtype=np.int64) / (height * width)  # per channel
-    return _per_channel(image, _truncate(_LEVELS * jitter.contrast + mean * (1 - jitter.contrast)))
+def _contrast(pixels: np.ndarray, jitter: Jitter) -> None:
+    columns = pixels.sum(axis=0)  # exact: whole numbers below 2^24 for 65,000 rows
+    mean = columns.reshape(-1, 3).sum(axis=0, dtype=np.float64) / (pixels.size // 3)  # per channel
+    pixels *= np.float32(jitter.contrast)
+    pixels += _each_pixel(mean * (1 - jitter.contrast), pixels)
 
 
-def _saturation(image: np.ndarray, jitter: Jitter) -> np.ndarray:
-    colour = image.astype(np.float32)
-    red, green, blue = colour[..., 0], colour[..., 1], colour[..., 2]
-    grey = np.floor(red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2] + np.float32(0.5))
-    factor = np.float32(jitter.saturation)
-    colour *= factor
-    colour += (grey * (np.float32(1) - factor))[..., None]
-    return _truncate(colour)
+def _saturation(pixels: np.ndarray, jitter: Jitter) -> None:
+    channels = [pixels[:, c::3] for c in range(3)]
+    grey = channels[0] * _LUMA[0]
+    for channel, weight in zip(channels[1:], _LUMA[1:], strict=True):
+        grey += channel * weight  # whole numbers: exact in any order
+    grey += 500
+    grey /= 1000
+    np.floor(grey, out=grey)
+    grey *= np.float32(1 - jitter.saturation)
+    pixels *= np.float32(jitter.saturation)
+    for channel in channels:
+        channel += grey
 
 
-def _lighting(image: np.ndarray, jitter: Jitter) -> np.ndarray:
-    return _per_channel(image, _truncate(_LEVELS + np.array(jitter.shift)))
+def _lighting(pixels: np.ndarray, jitter: Jitter) -> None:
+    pixels += _each_pixel(np.array(jitter.shift), pixels)
 
 
 _APPLY = {"brightness": _brightness, "contrast": _contrast, "saturation": _saturation, "lighting": _lighting}
 
 
 def apply_jitter(image: np.ndarray, jitter: Jitter) -> np.ndarray:
-    """Return the jittered copy of one (H, W, 3) uint8 image; every operation clips and truncates to uint8."""
+    """Return the jittered copy of one (H, W, 3) uint8 image; every operation clips and truncates to whole numbers."""
+    height, width = image.shape[:2]
+    pixels = image.reshape(height, 3 * width).astype(np.float32)
     for name in jitter.order:
-        image = _APPLY[name](image, jitter)
-    return image
+        _APPLY[name](pixels, jitter)
+        _truncate(pixels)
+    return pixels.astype(np.uint8).reshape(height, width, 3)
 
 
 def jitter_batch(

@@ -1,18 +1,21 @@
-"""Decodes and resamples images with NVIDIA DALI, on the CPU or on the GPU.
+"""Decodes images with NVIDIA DALI, on the CPU or on the GPU.
 
 DALI decides nothing here: encoded bytes, windows, sizes and flips are fed to it, so batches are the same on every world
-size and after every resume. One pipeline lives as long as its decoder; it is built anew only after a damaged image.
+size and after every resume. On the GPU it resizes too; on the CPU ``resample.py`` does, which is faster. One pipeline
+lives as long as its decoder; it is built anew only after a damaged image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
 from distributed_at.data.augment import Views
+from distributed_at.data.resample import resample
 from distributed_at.errors import DataError
 
 _MAX_BATCH = 256
@@ -37,9 +40,6 @@ def _build(*, size: int, batch_size: int, num_threads: int, device_id: int | Non
     def pipeline() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         windows = fn.external_source(name="windows", dtype=types.INT32, ndim=1)  # top, left, height, width
-        resized = fn.external_source(name="resized", dtype=types.FLOAT, ndim=1)  # height, width
-        corners = fn.external_source(name="corners", dtype=types.INT32, ndim=1)  # top, left
-        flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
         images = fn.decoders.image_slice(
             encoded,
             windows[0:2],
@@ -53,6 +53,11 @@ def _build(*, size: int, batch_size: int, num_threads: int, device_id: int | Non
             jpeg_fancy_upsampling=True,  # as libjpeg-turbo does on the CPU
             hw_decoder_load=0.99,
         )
+        if device_id is None:
+            return images
+        resized = fn.external_source(name="resized", dtype=types.FLOAT, ndim=1)  # height, width
+        corners = fn.external_source(name="corners", dtype=types.INT32, ndim=1)  # top, left
+        flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
         images = fn.resize(images, size=resized, interp_type=types.INTERP_CUBIC, antialias=True)
         images = fn.slice(images, start=corners, shape=[size, size], axes=[0, 1])
         return fn.flip(images, horizontal=flips)
@@ -89,6 +94,7 @@ class DaliDecoder:
         self._num_threads = num_threads
         self._device_id = device_id
         self._pipeline: Any = None
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="resample")
 
     def decode(self, encoded: Sequence[np.ndarray], views: Views) -> tuple[torch.Tensor, dict[int, str]]:
         """Decode N images.
@@ -144,21 +150,25 @@ class DaliDecoder:
             )
         self._pipeline.feed_input("encoded", encoded)
         self._pipeline.feed_input("windows", views.windows.astype(np.int32))
+        if self._device_id is None:
+            (windows,) = self._pipeline.run()
+            out = np.empty((len(encoded), self._size, self._size, 3), dtype=np.uint8)
+            list(self._pool.map(lambda i: resample(np.asarray(windows[i]), views, i, out[i]), range(len(encoded))))
+            return torch.from_numpy(out)
         self._pipeline.feed_input("resized", views.resized.astype(np.float32))
         self._pipeline.feed_input("corners", views.corners.astype(np.int32))
         self._pipeline.feed_input("flips", views.flips.astype(np.int32))
         (images,) = self._pipeline.run()
-        if self._device_id is None:
-            return torch.from_numpy(np.array(images.as_array()))  # a copy: DALI reuses its memory
-        return torch.from_dlpack(images.as_tensor()).clone()
+        return torch.from_dlpack(images.as_tensor()).clone()  # a copy: DALI reuses its memory
 
     def describe(self) -> str:
-        """Return the backend and its version."""
-        return f"{self.name} {self._version}"
+        """Return the backend and the versions of what makes its pixels."""
+        return f"{self.name} {self._version}" + (f", torch {torch.__version__}" if self._device_id is None else "")
 
     def close(self) -> None:
-        """Free the pipeline."""
+        """Free the pipeline and stop the threads."""
         self._pipeline = None
+        self._pool.shutdown()
 
 
 def _reason(error: RuntimeError) -> str:

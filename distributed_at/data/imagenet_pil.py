@@ -1,8 +1,4 @@
-"""Decodes and resamples images with Pillow and torch: the fallback that makes DALI's pixels where there is no DALI.
-
-The same decoder library (libjpeg-turbo), window, cubic kernel (a = -0.5, widened when shrinking) and float
-intermediate as the DALI pipeline; Pillow's own resize rounds between its two passes and is twenty times further off.
-"""
+"""Decodes images with Pillow: the fallback where there is no DALI."""
 
 from __future__ import annotations
 
@@ -14,9 +10,9 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
-from torch.nn import functional
 
 from distributed_at.data.augment import Views
+from distributed_at.data.resample import resample
 
 # Largest differences to the DALI CPU backend, in grey levels; docs/data.md has the measurements. The maximum
 # occurs at window borders, where DALI, which decodes the window alone, interpolates colour without its surroundings.
@@ -43,7 +39,7 @@ class PilDecoder:
 
         def one(position: int) -> None:
             try:
-                out[position] = _decode_one(encoded[position], views, position)
+                resample(_window(encoded[position], views, position), views, position, out[position])
             except Exception as error:  # Pillow raises many types on damaged files
                 failures[position] = f"{type(error).__name__}: {error}"
 
@@ -59,17 +55,10 @@ class PilDecoder:
         self._pool.shutdown()
 
 
-def _decode_one(encoded: np.ndarray, views: Views, position: int) -> np.ndarray:
+def _window(encoded: np.ndarray, views: Views, position: int) -> np.ndarray:
+    """Decode an image and return its window, (height, width, 3) uint8, cut at the image's edges."""
     top, left, height, width = (int(v) for v in views.windows[position])
     with Image.open(io.BytesIO(encoded.tobytes())) as image:
-        window = np.asarray(image.convert("RGB"))[top : top + height, left : left + width]
-    if window.shape[:2] != (height, width):
-        raise ValueError(f"the image is smaller than its window {height} x {width}")
-    pixels = torch.from_numpy(window.copy()).permute(2, 0, 1)[None].float()
-    size = (int(views.resized[position, 0]), int(views.resized[position, 1]))
-    if size != (height, width):
-        pixels = functional.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
-    y, x = (int(v) for v in views.corners[position])
-    square = pixels[0, :, y : y + views.size, x : x + views.size].round_().clamp_(0, 255).to(torch.uint8)
-    out = square.permute(1, 2, 0).numpy()
-    return out[:, ::-1] if views.flips[position] else out
+        colour = image if image.mode == "RGB" else image.convert("RGB")  # convert copies even what is RGB already
+        box = (left, top, min(left + width, image.width), min(top + height, image.height))
+        return np.array(colour.crop(box))  # a copy that may be written, as torch wants it

@@ -106,7 +106,7 @@ def test_evaluation_view_is_the_resized_centre(pristine, backend):
         resized = np.asarray(picture.resize((97, 73), Image.Resampling.BICUBIC)).astype(int)
         expected = resized[4 : 4 + 64, 16 : 16 + 64]
         difference = np.abs(images[0].permute(1, 2, 0).numpy().astype(int) - expected)
-        assert difference.mean() < 1
+        assert difference.mean() < 0.2, "Pillow's own resize, of which both decoders are a faster form"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
