@@ -23,10 +23,11 @@ from distributed_at.data.sources import open_split
 from distributed_at.engine.averaging import WeightAverage
 from distributed_at.engine.batching import BatchPlan, total_steps
 from distributed_at.engine.buffers import BufferMerger
-from distributed_at.engine.compiled_attack import Work, build_iteration, count_convolutions
+from distributed_at.engine.compiled_attack import Work, build_iteration, convolutions_to_compile
 from distributed_at.engine.initial_weights import begin_from
 from distributed_at.engine.optimizers import build_optimizer
 from distributed_at.engine.parallel import TrainingEngine, World
+from distributed_at.engine.regions import count_convolutions
 from distributed_at.engine.runfolder import RunFolder
 from distributed_at.engine.schedules import Schedules
 from distributed_at.engine.twin import Twin
@@ -151,6 +152,7 @@ def _attack_work(
     return Work(
         macs=statistics.macs,
         convolutions=count_convolutions(twin.module),
+        compiled_convolutions=convolutions_to_compile(twin),
         batch_size=plan.micro_batch,
         images=total_steps(config.train.epochs, order.steps_per_epoch) * plan.micro_batch * plan.accumulation,
         num_steps=config.attack.num_steps * config.attack.restarts,

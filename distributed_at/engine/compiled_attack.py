@@ -1,4 +1,4 @@
-"""One attack iteration in its fastest form: compiled into one graph, captured as a CUDA graph, or plain.
+"""One attack iteration in its fastest form: compiled, whole or region by region; captured as a CUDA graph; or plain.
 
 Chooses the form from the recipe and the work ahead, keeps shapes static and falls back to the plain form with one
 warning. What an iteration computes is ``attacks/iteration.py``; when it runs is ``attacks/pgd.py``.
@@ -10,9 +10,10 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from torch import nn
+from torch import fx
 
 from distributed_at.attacks import PGD
 from distributed_at.attacks.balls import Bounds
@@ -20,6 +21,7 @@ from distributed_at.attacks.iteration import Iteration
 from distributed_at.attacks.losses import Goal
 from distributed_at.config import AttackConfig
 from distributed_at.engine.cuda_graph import Capture, GraphedIteration, capture_cuda
+from distributed_at.engine.regions import CompiledRegions, count_convolutions, count_distinct_convolutions, cut
 from distributed_at.engine.twin import Twin
 from distributed_at.models.norm import BatchNorm
 from distributed_at.ops.build import cache_folder
@@ -30,8 +32,10 @@ _LOG = logging.getLogger(__name__)
 # of a run, and the same run resumed, decide alike.
 _RATES = {"cpu": 2e11, "cuda": 6e13}  # sustained FLOP/s of the plain form
 _SAVED_SHARE = 0.15  # of the attack's time, by compilation
-_COMPILE_SECONDS = (15.0, 1.5)  # once, and for each convolution
+_COMPILE_SECONDS = (15.0, 1.5)  # once, and for each convolution that the compiler sees
 _LAUNCH_SECONDS = 8e-6 * 7  # host time for each convolution with what surrounds it
+# A network of more convolutions is compiled region by region. ResNet-50 has 53 and is compiled whole, ResNet-101 has 104.
+REGIONAL_CONVOLUTIONS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class Work:
     Attributes:
         macs: multiply-accumulates of one forward of one image.
         convolutions: convolutions of the network.
+        compiled_convolutions: those that the compiler sees, ``convolutions_to_compile``.
         batch_size: images of one forward.
         images: images that this worker attacks in the whole run, resumed or not.
         num_steps: iterations an image.
@@ -49,6 +54,7 @@ class Work:
 
     macs: int
     convolutions: int
+    compiled_convolutions: int
     batch_size: int
     images: int
     num_steps: int
@@ -63,7 +69,7 @@ class Work:
     def compilation_pays(self) -> bool:
         """Whether compiling saves at least twice the time that it takes."""
         once, each = _COMPILE_SECONDS
-        return _SAVED_SHARE * self.seconds > 2.0 * (once + each * self.convolutions)
+        return _SAVED_SHARE * self.seconds > 2.0 * (once + each * self.compiled_convolutions)
 
     @property
     def graph_pays(self) -> bool:
@@ -105,9 +111,16 @@ def _unfit(twin: Twin) -> str | None:
     return None
 
 
-def count_convolutions(module: nn.Module) -> int:
-    """Return how many convolutions a network holds."""
-    return sum(isinstance(layer, nn.Conv2d) for layer in module.modules())
+def convolutions_to_compile(twin: Twin) -> int:
+    """Return how many convolutions the compiler sees: all, or in a deep network those of the distinct regions."""
+    if not is_regional(twin):
+        return count_convolutions(twin.module)
+    return count_distinct_convolutions(cut(cast(fx.GraphModule, twin.module)))
+
+
+def is_regional(twin: Twin) -> bool:
+    """Return whether the network is deep enough to be compiled region by region, and could be traced."""
+    return isinstance(twin.module, fx.GraphModule) and count_convolutions(twin.module) > REGIONAL_CONVOLUTIONS
 
 
 class StaticIteration:
@@ -120,6 +133,7 @@ class StaticIteration:
         attack, twin: what to run; the twin's tensors must stay at their addresses.
         batch_size: images of a full batch.
         use_compiler, use_graph: which forms; both = a graph of the compiled iteration.
+        regional: compile region by region (``regions.py``); None = where ``is_regional``.
         backend: of ``torch.compile``.
         capture: records a function into a replayable graph.
 
@@ -136,7 +150,8 @@ class StaticIteration:
         batch_size: int,
         use_compiler: bool,
         use_graph: bool = False,
-        backend: str = "inductor",
+        regional: bool | None = None,
+        backend: str | Callable = "inductor",
         capture: Capture = capture_cuda,
     ) -> None:
         self.plain = attack.iteration(twin)
@@ -146,7 +161,8 @@ class StaticIteration:
         self._forms: list[tuple[str, Iteration]] = [("", self.plain)]
         iteration = self.plain
         if use_compiler:
-            iteration = _compile(attack, twin, backend)
+            by_region = is_regional(twin) if regional is None else regional
+            iteration = (_compile_regions if by_region else _compile)(attack, twin, backend)
             self._forms.append(("torch.compile", iteration))
         if use_graph:
             self._forms.append(("CUDA graph", GraphedIteration(iteration, capture=capture)))
@@ -195,13 +211,22 @@ class StaticIteration:
         _LOG.warning("the attack runs without %s, which failed here: %s: %s", name, type(error).__name__, why)
 
 
-def _compile(attack: PGD, twin: Twin, backend: str) -> Iteration:
-    # Ranks of a node, and a resumed run, find each other's results here. A user's own choice stands.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder().parent / "inductor"))
+def _compile(attack: PGD, twin: Twin, backend: str | Callable) -> Iteration:
+    _share_cache()
     # The compiler fuses step and projection into what surrounds them; a ready kernel would be opaque to it.
     iteration = replace(attack, fused=False).iteration(twin.module, functional=True)
     compiled: Callable = torch.compile(iteration, fullgraph=True, dynamic=False, backend=backend)
     return compiled
+
+
+def _compile_regions(attack: PGD, twin: Twin, backend: str | Callable) -> Iteration:
+    _share_cache()
+    return attack.iteration(CompiledRegions(cast(fx.GraphModule, twin.module), backend=backend))
+
+
+def _share_cache() -> None:
+    """Let ranks of a node, and a resumed run, find each other's results. A user's own choice stands."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder().parent / "inductor"))
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:

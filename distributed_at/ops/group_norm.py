@@ -55,7 +55,7 @@ def group_norm_relu(
         raise ValueError(f"weight and bias must be ({channels},), got {tuple(weight.shape)} and {tuple(bias.shape)}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"x must be floating, got {x.dtype}")
-    return _GroupNormReLU.apply(x, weight, bias, num_groups, float(eps), relu)[0]
+    return torch.ops.distributed_at.group_norm_relu(x, weight, bias, num_groups, float(eps), relu)[0]
 
 
 def _memory_format(x: torch.Tensor) -> torch.memory_format:
@@ -154,8 +154,16 @@ def reference_backward(
     return dx, sum_dz.new_empty(0), sum_dz.new_empty(0)
 
 
-@torch.library.custom_op("distributed_at::group_norm_relu", mutates_args=())
-def _forward_op(
+# Defined key by key rather than by ``custom_op``: torch 2.11's own derivative of a custom op is refused by
+# torch.func.grad, which compiled attacks use.
+_LIBRARY = torch.library.Library("distributed_at", "FRAGMENT")
+_LIBRARY.define(
+    "group_norm_relu(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, bool relu) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "group_norm_relu", "CompositeExplicitAutograd")
+def _forward_impl(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_groups: int, eps: float, relu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if _uses_triton(x):
@@ -165,7 +173,7 @@ def _forward_op(
     return reference_forward(x, weight, bias, num_groups, eps, relu)
 
 
-@_forward_op.register_fake
+@torch.library.register_fake("distributed_at::group_norm_relu", lib=_LIBRARY)
 def _(x, weight, bias, num_groups, eps, relu):
     statistics = [x.new_empty((x.shape[0], num_groups), dtype=_wide(x)) for _ in range(2)]
     return torch.empty_like(x, memory_format=_memory_format(x)), *statistics
@@ -195,7 +203,8 @@ class _GroupNormReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, num_groups, eps, relu):
-        return _forward_op(x, weight, bias, num_groups, eps, relu)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.distributed_at.group_norm_relu(x, weight, bias, num_groups, eps, relu)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -214,3 +223,8 @@ class _GroupNormReLU(torch.autograd.Function):
         if not weights:
             return dx, None, None, None, None, None
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None
+
+
+@torch.library.impl(_LIBRARY, "group_norm_relu", "Autograd")
+def _differentiable(x, weight, bias, num_groups, eps, relu):
+    return _GroupNormReLU.apply(x, weight, bias, num_groups, eps, relu)

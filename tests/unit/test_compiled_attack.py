@@ -181,7 +181,7 @@ def test_stale_bounds_would_be_caught() -> None:
 
 def work(**fields: object) -> Work:
     cifar = {
-        "macs": 557_000_000, "convolutions": 20, "batch_size": 128, "images": 5_000_000, "num_steps": 10,
+        "macs": 557_000_000, "convolutions": 20, "compiled_convolutions": 20, "batch_size": 128, "images": 5_000_000, "num_steps": 10,
         "device_type": "cuda",
     }  # fmt: skip
     return Work(**{**cifar, **fields})
@@ -193,6 +193,8 @@ def work(**fields: object) -> Work:
         ({}, True, True),
         ({"macs": 11_500_000_000, "convolutions": 155, "batch_size": 256, "images": 140_000_000}, True, False),
         ({"macs": 11_500_000_000, "convolutions": 155, "batch_size": 32, "images": 1_000_000}, True, True),
+        ({"macs": 11_500_000_000, "convolutions": 155, "compiled_convolutions": 155, "images": 200_000}, False, False),
+        ({"macs": 11_500_000_000, "convolutions": 155, "compiled_convolutions": 32, "images": 200_000}, True, False),
         ({"macs": 1_000_000, "images": 30_000, "device_type": "cpu"}, False, False),
         ({"images": 20_000}, False, True),
     ],
@@ -224,12 +226,21 @@ def test_graph_without_cuda_has_no_effect_and_says_so(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.slow
-def test_inductor_gives_the_plain_result_with_one_graph(compilations) -> None:
-    pgd, twin = attack(), Twin(network(), bn_mode="eval")
-    static = StaticIteration(pgd, twin, batch_size=BATCH, use_compiler=True)
-    for epoch in range(2):
-        for count in (BATCH, 2):
-            x, y = batch(count)
-            found = pgd.perturb(twin, x, y, epoch=epoch, iteration=static)
-            assert torch.allclose(found, pgd.perturb(twin, x, y, epoch=epoch), atol=1e-5)
-    assert (static.failed, compilations()) == ("", 1)
+@pytest.mark.parametrize("regional", [False, True])
+def test_inductor_gives_the_plain_result_and_compiles_once(regional: bool, compilations) -> None:
+    model, pgd = network(blocks=(2, 2)), attack()
+    twin = Twin(model, bn_mode="eval")
+    static = StaticIteration(pgd, twin, batch_size=BATCH, use_compiler=True, regional=regional)
+    pgd.perturb(twin, *batch(), iteration=static)
+    first = compilations()
+    assert (static.failed, first) == ("", 5 if regional else 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for epoch in range(2):
+            for count in (BATCH, 2):
+                disturb(model)
+                twin.refresh()
+                x, y = batch(count)
+                eps = pgd.threat.eps * (epoch + 1) / 3
+                found = pgd.perturb(twin, x, y, epoch=epoch, eps=eps, iteration=static)
+                assert torch.allclose(found, pgd.perturb(twin, x, y, epoch=epoch, eps=eps), atol=1e-5)
+    assert (static.failed, compilations()) == ("", first)
