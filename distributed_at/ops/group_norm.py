@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 from . import build
 
@@ -198,8 +200,8 @@ def _(dy, x, weight, bias, mean, rstd, relu, weights):
     return torch.empty_like(x, memory_format=_memory_format(x)), *vectors
 
 
-class _GroupNormReLU(torch.autograd.Function):
-    """The derivative of the op; a Function with ``setup_context``, because torch.func.grad takes no other kind."""
+class _GroupNormReLU(_SingleLevelFunction):
+    """The derivative of the op, at one level of functorch, as torch's own operators have theirs."""
 
     @staticmethod
     def forward(x, weight, bias, num_groups, eps, relu):
@@ -227,4 +229,5 @@ class _GroupNormReLU(torch.autograd.Function):
 
 @torch.library.impl(_LIBRARY, "group_norm_relu", "Autograd")
 def _differentiable(x, weight, bias, num_groups, eps, relu):
-    return _GroupNormReLU.apply(x, weight, bias, num_groups, eps, relu)
+    with enable_single_level_autograd_function():  # functorch has peeled off its level before it comes here
+        return _GroupNormReLU.apply(x, weight, bias, num_groups, eps, relu)

@@ -25,7 +25,7 @@ def test_custom_ops_pass_the_checks_of_torch(layout):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     arguments = (x, clean, grad, eps, step, -1.0, 0.0, 1.0)
     torch.library.opcheck(attack_kernels.linf_step, arguments, test_utils=checks)
-    torch.library.opcheck(attack_kernels.l2_step, (*arguments[:6], 1e-10, 0.0, 1.0), test_utils=checks)
+    torch.library.opcheck(attack_kernels.l2_step, arguments, test_utils=checks)
     mean, std = torch.full((3,), 0.4), torch.full((3,), 0.2)
     torch.library.opcheck(
         attack_kernels.linf_step_normalised, (*arguments, mean, std, torch.bfloat16, 4), test_utils=checks
@@ -35,7 +35,11 @@ def test_custom_ops_pass_the_checks_of_torch(layout):
         attack_kernels.random_start, (clean, ids, ids, eps, 1, 2, 0, 0.5, True, 0.0, 1.0), test_utils=checks
     )
     vector = torch.randn(3)
-    torch.library.opcheck(group_norm._forward_op, (x, vector, vector, 3, 1e-5, True), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.distributed_at.group_norm_relu.default,
+        (x, vector, vector, 3, 1e-5, True),
+        test_utils=(*checks, "test_autograd_registration"),
+    )
     statistics = torch.zeros(2, 3), torch.ones(2, 3)
     for weights in (True, False):
         torch.library.opcheck(
