@@ -123,7 +123,8 @@ class CheckpointManager:
             self._event("warning", code="checkpoint_postponed", step=step, message=f"next attempt in {wait:.0f} s")
             return SaveResult(step, self.root / files.step_name(step), 0, time.monotonic() - began, 0.0, skipped=True)
         failure: str | None = None
-        shards = as_shards(tensors)
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        shards = {name: held.share(name, rank, world_size) for name, held in as_shards(tensors).items()}
         if asynchronous:
             try:
                 shards = snapshot(shards, self._buffers)

@@ -7,6 +7,7 @@ other. Only torch's public planner interface is used; which fragments a rank own
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+_SMALLEST_PIECE = 1 << 16  # elements; each piece has a container and an entry in torch's table of its own
+
 
 @dataclass(frozen=True)
 class FlatShard:
@@ -44,6 +47,7 @@ class FlatShard:
     start: int
     shape: tuple[int, ...]  # of the whole tensor
     on_load: Callable[[], None] | None = None
+    replicated: bool = False  # ``local`` is the whole tensor, equal on all ranks
 
     def __post_init__(self) -> None:
         if self.local.ndim != 1:
@@ -62,13 +66,26 @@ class FlatShard:
         tensor = tensor.detach()
         shape = tuple(tensor.shape)
         if tensor.is_contiguous():
-            return cls(tensor.view(-1), 0, shape)
+            return cls(tensor.view(-1), 0, shape, replicated=True)
         local = tensor.reshape(-1)  # logical order: the file does not depend on the memory format
 
         def copy_back() -> None:
             tensor.copy_(local.view(shape))
 
-        return cls(local, 0, shape, copy_back)
+        return cls(local, 0, shape, copy_back, replicated=True)
+
+    def share(self, name: str, rank: int, world_size: int) -> FlatShard:
+        """Return what this rank saves of tensor ``name``: its part of what all ranks hold alike, all of its own.
+
+        Large tensors are cut into equal pieces, small ones have one writer; who begins is drawn by the name, so that no
+        rank copies and writes much more than another.
+        """
+        if not self.replicated:
+            return self
+        pieces = max(1, min(world_size, self.numel // _SMALLEST_PIECE))
+        piece = (rank - zlib.crc32(name.encode())) % world_size
+        start, end = (self.numel * min(i, pieces) // pieces for i in (piece, piece + 1))
+        return FlatShard(self.local[start:end], start, self.shape)
 
     def chunks(self) -> list[ChunkStorageMetadata]:
         """Where this fragment lies; empty where this rank owns nothing of the tensor."""
@@ -78,7 +95,7 @@ class FlatShard:
 
 
 def as_shards(tensors: Mapping[str, torch.Tensor | FlatShard]) -> dict[str, FlatShard]:
-    """Wrap plain tensors (equal on all ranks) as whole fragments; one rank of those that hold one will write it."""
+    """Wrap plain tensors (equal on all ranks) as whole fragments."""
     return {k: v if isinstance(v, FlatShard) else FlatShard.whole(v) for k, v in tensors.items()}
 
 
@@ -106,7 +123,7 @@ def snapshot(shards: Mapping[str, FlatShard], reuse: dict[str, torch.Tensor]) ->
 
 
 class FlatSavePlanner(DefaultSavePlanner):
-    """Writes each rank's fragments; of equal fragments on several ranks, one is written (torch balances which)."""
+    """Writes each rank's fragments."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -158,7 +158,7 @@ def _materialise(
 
 
 def _plain_tensors(engine: Any, covered: set[str]) -> Iterator[tuple[str, FlatShard]]:
-    """Stage 0 or no DeepSpeed: every rank holds everything, whichever rank torch chooses writes it."""
+    """Stage 0 or no DeepSpeed: every rank holds everything and saves its share."""
     optimizer = engine.optimizer
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     for group in optimizer.param_groups:
