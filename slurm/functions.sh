@@ -74,9 +74,10 @@ requeue() {
     log "not requeued: the job was cancelled, or the scheduler requeues it by itself"
     exit "$code"
   fi
+  find_bad_nodes "$1"
   log "requeued at step $(newest_step "$1")"
   scontrol requeue "$SLURM_JOB_ID" || exit "$code"
-  exclude_bad_nodes "$1"
+  exclude_bad_nodes
   sleep 60 # until the scheduler ends this start
   exit "$code"
 }
@@ -104,21 +105,35 @@ note_bad_nodes() {
     head -n 1 | grep -v Exited | sed -E 's/srun: error: ([^:]+):.*/\1/' >>"$1/log/failed-nodes"
 }
 
-# Keep this job off nodes that failed twice, while the partition has enough others.
-exclude_bad_nodes() {
-  local bad left
+# Set $bad to the nodes that failed twice, if the partition has enough others. Before requeueing: that ends, with a
+# signal, whatever this script runs at that moment.
+find_bad_nodes() {
+  local left
+  bad=
   [ -f "$1/log/failed-nodes" ] || return 0
   bad=$(sort "$1/log/failed-nodes" | uniq -c | awk '$1 >= 2 {print $2}' | paste -sd, -)
   [ -n "$bad" ] || return 0
   left=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %T' |
     grep -E ' (idle|mixed|allocated|completing|planned)' | awk '{print $1}' | sort -u |
     grep -cvxF "$(echo "$bad" | tr , '\n')")
-  if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
+  if [ "${left:-0}" -lt "$SLURM_JOB_NUM_NODES" ]; then
     log "nodes that failed twice cannot be left out, too few are left: $bad"
-    return 0
+    bad=
   fi
-  log "nodes that failed twice are left out: $bad"
-  scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$bad" || true
+}
+
+# Keep this job off the nodes in $bad; only a job that waits can be told so, hence after requeueing.
+exclude_bad_nodes() {
+  local attempt
+  [ -n "$bad" ] || return 0
+  for attempt in 1 2 3 4 5; do
+    if scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="$bad"; then
+      log "nodes that failed twice are left out: $bad"
+      return 0
+    fi
+    sleep 1
+  done
+  log "nodes that failed twice could not be left out: $bad"
 }
 
 # What follows from $code for run folder $1.

@@ -49,7 +49,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
-KillWait=8
+KillWait=60
 MinJobAge=600
 JobRequeue=1
 SlurmdTimeout=10
@@ -164,7 +164,7 @@ class Cluster:
         return self.field(job, "JobState")
 
     def output(self, job: str) -> str:
-        path = self.root / f"{job}.out"
+        path = self.root / f"{job.replace('_', '.')}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait_state(self, job: str, *states: str, seconds: float = 240) -> str:
