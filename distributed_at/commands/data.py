@@ -91,27 +91,65 @@ def _row(name: str, index: FolderIndex) -> dict[str, Any]:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from distributed_at.data.index import build_index
+    from distributed_at.data.index import survey, write_index
 
     if args.threads < 0:
         raise ConfigError(f"--threads must be at least 0, got {args.threads}")
-    rows, damaged = [], 0
+    verify = args.action == "verify"
+    rows, damaged, seen = [], False, {}
     for name, folder in split_folders(args.folder, args.split).items():
-        index = build_index(
-            folder,
-            num_threads=args.threads,
-            verify=args.action == "verify",
-            progress=_progress(name),
-        )
-        reasons = {index.paths[sample_id]: reason for sample_id, reason in sorted(index.set_aside.items())}
-        rows.append({**_row(name, index), **({"reasons": reasons} if args.json else {})})
-        damaged += len(reasons)
-        for path, reason in list(reasons.items())[:_SHOWN]:
-            say(f"set aside: {name}/{path}: {reason}")
-        if len(reasons) > _SHOWN:
-            say(f"... and {len(reasons) - _SHOWN} more in {name}; --json lists them all")
+        index = survey(folder, num_threads=args.threads, verify=verify, progress=_progress(name))
+        gone, new = _changes(index) if verify else ([], [])
+        found = {
+            "set_aside": {index.paths[i]: reason for i, reason in sorted(index.set_aside.items())},
+            "gone": dict.fromkeys(gone, "in the index, but no longer in the folder"),
+            "new": dict.fromkeys(new, "in the folder, but not in the index"),
+            "same_bytes": _same_bytes(name, index, seen),
+        }
+        for kind, places in found.items():
+            _tell(kind.replace("_", " "), name, places)
+        if gone or new:
+            say(
+                f"{name}: the index is kept as it was, because ids are places in the listing. Restore the folder, or accept "
+                f"the change: distributed-at data index {folder}"
+            )
+        else:
+            write_index(index)
+        row = _row(name, index)
+        if verify:
+            row |= {"gone": len(gone), "new": len(new), "same_bytes": len(found["same_bytes"])}
+        rows.append({**row, **({"reasons": found["set_aside"], "places": found} if args.json else {})})
+        damaged = damaged or bool(found["set_aside"] or gone or new)
     _show(args, rows)
-    return EXIT_DAMAGED if damaged and args.action == "verify" else 0
+    return EXIT_DAMAGED if damaged and verify else 0
+
+
+def _changes(index: FolderIndex) -> tuple[list[str], list[str]]:
+    """Return what is gone from the folder and new in it since it was indexed; nothing where it never was."""
+    from distributed_at.data.index import index_path, listing_changes, read_index
+
+    if not index_path(index.root).exists():
+        return [], []
+    return listing_changes(read_index(index.root).paths, index.paths)
+
+
+def _same_bytes(name: str, index: FolderIndex, seen: dict[bytes, str]) -> dict[str, str]:
+    """Return path -> the first image of this call that has the same bytes, and add this split's images to ``seen``."""
+    same = {}
+    for i, (path, digest) in enumerate(zip(index.paths, index.digests, strict=False)):
+        if i in index.set_aside:
+            continue
+        first = seen.setdefault(digest, f"{name}/{path}")
+        if first != f"{name}/{path}":
+            same[path] = f"as {first}; both are kept"
+    return same
+
+
+def _tell(what: str, name: str, reasons: dict[str, str]) -> None:
+    for path, reason in list(reasons.items())[:_SHOWN]:
+        say(f"{what}: {name}/{path}: {reason}")
+    if len(reasons) > _SHOWN:
+        say(f"... and {len(reasons) - _SHOWN} more in {name}; --json lists them all")
 
 
 def _shard(args: argparse.Namespace) -> int:
@@ -129,14 +167,13 @@ def _shard(args: argparse.Namespace) -> int:
 
 
 def _verify_shards(args: argparse.Namespace, folders: dict[str, Path]) -> int:
-    from distributed_at.data.shards import load_shards, verify_shards
+    from distributed_at.data.shards import verify_shards
 
     rows, damaged = [], False
     for name, folder in folders.items():
-        wrong = verify_shards(folder)
+        index, wrong = verify_shards(folder)
         for shard, reason in wrong.items():
             say(f"damaged: {name}/{shard}: {reason}")
-        index = load_shards(folder)
         assert index.shards is not None
         row = {**_row(name, index), "shards": len(index.shards.names), "damaged": len(wrong)}
         rows.append({**row, **({"reasons": wrong} if args.json else {})})

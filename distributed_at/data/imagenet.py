@@ -21,6 +21,7 @@ from distributed_at.config import AugmentConfig
 from distributed_at.data.augment import Views, centre_views, training_views
 from distributed_at.data.colour import jitter_batch
 from distributed_at.data.index import FolderIndex
+from distributed_at.data.inspection import cut_short
 from distributed_at.data.source import ImageSource, require_members
 from distributed_at.errors import DataError
 
@@ -192,9 +193,7 @@ class FolderSource(ImageSource):
                 time.sleep(_RETRY_SECONDS * 2**attempt)
         if len(encoded) != self._index.byte_sizes[sample_id]:
             return f"has {len(encoded)} bytes, had {self._index.byte_sizes[sample_id]} when it was indexed"
-        if encoded[:2].tobytes() == b"\xff\xd8" and encoded.tobytes().rfind(b"\xff\xd9") < 0:
-            return "cut short: a JPEG without its end"  # a decoder notices only where the window reaches the cut
-        return encoded
+        return "cut short: a JPEG without its end" if cut_short(encoded.tobytes()) else encoded
 
     def _next(self, sample_id: int) -> int:
         place = int(np.searchsorted(self.sample_ids, sample_id))
@@ -229,13 +228,13 @@ class FolderSource(ImageSource):
             examples = ", ".join(f"{self._index.paths[i]} ({why})" for i, why in list(self._damaged.items())[:3])
             raise DataError(
                 f"{self._index.root}: {len(self._damaged)} damaged images, more than the {self.failure_limit} that are "
-                f"replaced: {examples}. Restore the files; build_index(folder, verify=True) lists them all."
+                f"replaced: {examples}. Restore the files; 'distributed-at data verify {self._index.root}' lists them all."
             )
 
     def _evaluation_message(self, sample_id: int, reason: str) -> str:
         return (
             f"{self._index.place(sample_id)}: {reason}. An evaluation replaces no image: restore the "
-            f"file, or set it aside openly with build_index(folder, verify=True)."
+            f"file, or set it aside openly: distributed-at data verify {self._index.root}"
         )
 
     def describe(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from distributed_at.data.augment import Views
+from distributed_at.data.inspection import damage
 from distributed_at.data.resample import resample
 from distributed_at.errors import DataError
 
@@ -120,7 +121,7 @@ class DaliDecoder:
     def _decode_part(self, encoded: list[np.ndarray], views: Views) -> tuple[torch.Tensor, dict[int, str]]:
         try:
             return self._run(encoded, views), {}
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             self._pipeline = None  # DALI declares a failed pipeline invalid
         failures = self._find_damaged(encoded, views)
         good = np.array([i for i in range(len(encoded)) if i not in failures], dtype=np.int64)
@@ -134,13 +135,13 @@ class DaliDecoder:
         failures = {}
         for place in range(len(encoded)):
             if len(encoded[place]) == 0:
-                failures[place] = "empty file"
+                failures[place] = damage(b"")
                 continue
             try:
                 self._run([encoded[place]], views.take(np.array([place])))
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 self._pipeline = None
-                failures[place] = _reason(error)
+                failures[place] = damage(encoded[place].tobytes()) or _reason(error)
         return failures
 
     def _run(self, encoded: list[np.ndarray], views: Views) -> torch.Tensor:
@@ -171,8 +172,8 @@ class DaliDecoder:
         self._pool.shutdown()
 
 
-def _reason(error: RuntimeError) -> str:
-    """Return the line of DALI's report that names the fault, without its stack."""
+def _reason(error: Exception) -> str:
+    """Return the line of DALI's report that names the fault, without its stack: where Pillow finds none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "nvImageCodec" in line or "Failed to decode" in line]
-    return (told or lines or ["unknown error"])[0][:200]
+    return f"cannot be decoded: {(told or lines or ['unknown error'])[0][:200]}"

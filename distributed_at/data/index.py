@@ -8,18 +8,17 @@ depends on the state of other files.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
+from distributed_at.data.inspection import Inspection, inspect_file
 from distributed_at.data.locks import folder_lock
 from distributed_at.data.machine import decoder_threads
 from distributed_at.errors import DataError
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 INDEX_NAME = ".distributed_at_index.npz"
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
-MAX_PIXELS = 1 << 27  # 134 million: far above any photograph here, far below what exhausts a machine's memory
 _FORMAT = 1
 _CHUNK = 512
 Progress = Callable[[int, int], None]
@@ -51,6 +49,7 @@ class FolderIndex:
         verified: every file was decoded in full, not only its header.
         checksum: SHA-256 of the listing.
         shards: where the bytes lie if ``root`` holds tar shards (``shards.py``); None = files.
+        digests: SHA-256 of each file where this process decoded all of them; not kept in the file.
     """
 
     root: Path
@@ -64,6 +63,7 @@ class FolderIndex:
     verified: bool
     checksum: str
     shards: ShardTable | None = None
+    digests: tuple[bytes, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -115,29 +115,6 @@ def listing_checksum(paths: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def inspect_file(path: Path, *, verify: bool) -> tuple[int, int, int, str]:
-    """Return (height, width, bytes, reason); a reason that is not empty says why the file cannot be used."""
-    try:
-        data = path.read_bytes() if verify else b""
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                return 0, 0, 0, "empty file"
-            with Image.open(io.BytesIO(data) if verify else file) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    return 0, 0, size, f"declares {width} x {height} pixels, more than {MAX_PIXELS}"
-                if verify:
-                    image.convert("RGB")
-                return height, width, size, ""
-    except Image.DecompressionBombError:
-        return 0, 0, 0, f"declares more than {MAX_PIXELS} pixels"
-    except Image.UnidentifiedImageError:
-        return 0, 0, 0, "not an image"
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... on damaged files
-        return 0, 0, 0, f"{type(error).__name__}: {error}".replace(str(path), path.name)
-
-
 def index_path(folder: Path, cache: Path | None = None) -> Path:
     """Return where the index of ``folder`` is kept: ``cache`` if given, the folder itself, or the user's cache."""
     if cache is not None:
@@ -149,19 +126,13 @@ def index_path(folder: Path, cache: Path | None = None) -> Path:
     return base / f"index-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.npz"
 
 
-def build_index(
-    folder: str | Path,
-    *,
-    cache: str | Path | None = None,
-    num_threads: int = 0,
-    verify: bool = False,
-    progress: Progress | None = None,
+def survey(
+    folder: str | Path, *, num_threads: int = 0, verify: bool = False, progress: Progress | None = None
 ) -> FolderIndex:
-    """Inspect every image of ``folder`` and write the index, replacing an older one whole or not at all.
+    """Inspect every image of ``folder`` and return what an index would hold; nothing is written.
 
     Args:
         folder: holds one folder a class.
-        cache: file to keep the index in; null = in the folder, or in the user's cache where that is read-only.
         num_threads: files inspected at once; 0 = by the machine.
         verify: decode every file in full, which also finds files cut short; else read headers alone.
         progress: called with (files done, files in all).
@@ -173,26 +144,47 @@ def build_index(
     paths = list_folder(folder)
     class_names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     label_of = {name: label for label, name in enumerate(class_names)}
-    found: list[tuple[int, int, int, str]] = []
+    found: list[Inspection] = []
     with ThreadPoolExecutor(num_threads or 2 * decoder_threads()) as pool:
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
             found.extend(pool.map(lambda path: inspect_file(folder / path, verify=verify), chunk))
             if progress is not None:
                 progress(len(found), len(paths))
-    index = FolderIndex(
+    return FolderIndex(
         root=folder,
         class_names=tuple(class_names),
         paths=tuple(paths),
         labels=np.array([label_of[path.split("/", 1)[0]] for path in paths], dtype=np.int64),
-        heights=np.array([f[0] for f in found], dtype=np.int32),
-        widths=np.array([f[1] for f in found], dtype=np.int32),
-        byte_sizes=np.array([f[2] for f in found], dtype=np.int64),
-        set_aside={i: f[3] for i, f in enumerate(found) if f[3]},
+        heights=np.array([f.height for f in found], dtype=np.int32),
+        widths=np.array([f.width for f in found], dtype=np.int32),
+        byte_sizes=np.array([f.byte_size for f in found], dtype=np.int64),
+        set_aside={i: f.reason for i, f in enumerate(found) if f.reason},
         verified=verify,
         checksum=listing_checksum(paths),
+        digests=tuple(f.digest for f in found) if verify else (),
     )
-    _write(index, index_path(folder, Path(cache) if cache is not None else None))
+
+
+def write_index(index: FolderIndex, *, cache: str | Path | None = None) -> None:
+    """Write an index where runs look for it, replacing an older one whole or not at all."""
+    _write(index, index_path(index.root, Path(cache) if cache is not None else None))
+
+
+def build_index(
+    folder: str | Path,
+    *,
+    cache: str | Path | None = None,
+    num_threads: int = 0,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> FolderIndex:
+    """Survey ``folder`` and write the index; arguments and errors are those of ``survey``.
+
+    ``cache`` is the file to keep it in; None = in the folder, or in the user's cache where that is read-only.
+    """
+    index = survey(folder, num_threads=num_threads, verify=verify, progress=progress)
+    write_index(index, cache=cache)
     return index
 
 
@@ -232,20 +224,21 @@ def _write(index: FolderIndex, target: Path) -> None:
         raise
 
 
-def load_index(folder: str | Path, *, cache: str | Path | None = None) -> FolderIndex:
-    """Read an index and check that it still describes ``folder``.
+def read_index(folder: str | Path, *, cache: str | Path | None = None) -> FolderIndex:
+    """Read an index as it was written, whether or not it still describes ``folder``.
 
     Raises:
-        DataError: no index, one that cannot be read, or one of another listing; the message says what changed.
+        DataError: no index, or one that cannot be read.
     """
     folder = Path(folder)
     target = index_path(folder, Path(cache) if cache is not None else None)
-    fix = f"Delete {target} (it is made again), or run build_index."
     try:
         with np.load(target, allow_pickle=False) as content:
             if int(content["format"]) != _FORMAT:
-                raise DataError(f"{target}: index format {int(content['format'])}, this version reads {_FORMAT}. {fix}")
-            index = FolderIndex(
+                raise DataError(
+                    f"{target}: index format {int(content['format'])}, this version reads {_FORMAT}. {_fix(target)}"
+                )
+            return FolderIndex(
                 root=folder,
                 class_names=unpack_texts(content["class_names"]),
                 paths=unpack_texts(content["paths"]),
@@ -262,15 +255,37 @@ def load_index(folder: str | Path, *, cache: str | Path | None = None) -> Folder
     except DataError:
         raise
     except Exception as error:  # a damaged archive raises many types
-        raise DataError(f"{target}: the index cannot be read ({type(error).__name__}: {error}). {fix}") from None
+        raise DataError(
+            f"{target}: the index cannot be read ({type(error).__name__}: {error}). {_fix(target)}"
+        ) from None
+
+
+def _fix(target: Path) -> str:
+    return f"Delete {target} (it is made again), or run 'distributed-at data index'."
+
+
+def listing_changes(before: Iterable[str], now: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the sorted paths that are gone and those that are new."""
+    return sorted(set(before) - set(now)), sorted(set(now) - set(before))
+
+
+def load_index(folder: str | Path, *, cache: str | Path | None = None) -> FolderIndex:
+    """Read an index and check that it still describes ``folder``.
+
+    Raises:
+        DataError: no index, one that cannot be read, or one of another listing; the message says what changed.
+    """
+    folder = Path(folder)
+    index = read_index(folder, cache=cache)
     now = list_folder(folder)
     if listing_checksum(now) != index.checksum:
-        gone, new = sorted(set(index.paths) - set(now)), sorted(set(now) - set(index.paths))
+        gone, new = listing_changes(index.paths, now)
         changes = [f"{len(gone)} files gone (e.g. {gone[0]})"] if gone else []
         changes += [f"{len(new)} files new (e.g. {new[0]})"] if new else []
         raise DataError(
             f"{folder}: the folder is not the one that was indexed: {', '.join(changes)}. Ids are places in the listing, "
-            f"so runs on the two are not comparable. Restore the folder, or accept the change: {fix}"
+            f"so runs on the two are not comparable. Restore the folder, or accept the change: "
+            f"{_fix(index_path(folder, Path(cache) if cache is not None else None))}"
         )
     return index
 

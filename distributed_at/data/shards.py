@@ -215,7 +215,14 @@ def load_shards(folder: str | Path) -> FolderIndex:
         DataError: a damaged index, a shard that is absent, of another size, no plain file, or named outside the folder,
             or an image that does not lie inside its shard.
     """
-    folder = Path(folder)
+    index, table = _read(Path(folder))
+    _check_columns(index, table)
+    for name, reason in _shards_differ(table).items():
+        raise DataError(f"{table.root / name}: {reason}; restore it, or write the shards again")
+    return index
+
+
+def _read(folder: Path) -> tuple[FolderIndex, ShardTable]:
     with _content(folder) as content:
         table = ShardTable(
             root=folder,
@@ -238,23 +245,18 @@ def load_shards(folder: str | Path) -> FolderIndex:
             checksum=unpack_texts(content["checksum"])[0],
             shards=table,
         )
-    _check(index, table)
-    return index
+    return index, table
 
 
-def _check(index: FolderIndex, table: ShardTable) -> None:
+def _check_columns(index: FolderIndex, table: ShardTable) -> None:
+    """Refuse an index that contradicts itself or points outside its folder or its shards."""
     where = table.root / SHARDS_NAME
     columns = (index.labels, index.heights, index.widths, index.byte_sizes, table.shard, table.offset, table.length)
     if any(column.shape != (len(index),) for column in columns) or table.sizes.shape != (len(table.names),):
         raise DataError(f"{where}: its columns do not belong together; write the shards again")
-    for name, size in zip(table.names, table.sizes.tolist(), strict=True):
-        path = table.root / name
+    for name in table.names:
         if not _SHARD.fullmatch(name):
             raise DataError(f"{where}: names a shard {name!r}; shards are plain files shard-00000.tar beside the index")
-        if path.is_symlink() or not path.is_file():
-            raise DataError(f"{path}: the shard is absent or no plain file; restore it, or write the shards again")
-        if path.stat().st_size != size:
-            raise DataError(f"{path}: has {path.stat().st_size} bytes, had {size} when it was written; restore it")
     known = (table.shard >= 0) & (table.shard < len(table.names))
     inside = known & (table.offset >= _HEADER) & (table.length >= 0)
     inside[known] &= table.offset[known] + table.length[known] <= table.sizes[table.shard[known]]
@@ -262,19 +264,33 @@ def _check(index: FolderIndex, table: ShardTable) -> None:
         raise DataError(f"{where}: image {int(np.argmin(inside))} lies outside its shard; write the shards again")
 
 
-def verify_shards(folder: str | Path) -> dict[str, str]:
-    """Read every byte of every shard; return name -> what is wrong with it, empty where all is as it was written.
+def _shards_differ(table: ShardTable) -> dict[str, str]:
+    """Return name -> reason for shards that are absent, no plain files, or of another size than when they were written."""
+    wrong = {}
+    for name, size in zip(table.names, table.sizes.tolist(), strict=True):
+        path = table.root / name
+        if path.is_symlink() or not path.is_file():
+            wrong[name] = "the shard is absent or no plain file"
+        elif path.stat().st_size != size:
+            wrong[name] = f"has {path.stat().st_size} bytes, had {size} when it was written"
+    return wrong
+
+
+def verify_shards(folder: str | Path) -> tuple[FolderIndex, dict[str, str]]:
+    """Read every byte of every shard; return the index and name -> what is wrong, empty where all is as it was written.
 
     Raises:
-        DataError: as ``load_shards``.
+        DataError: an index that is absent, damaged, or points outside its folder or its shards.
     """
     folder = Path(folder)
-    index = load_shards(folder)
-    assert index.shards is not None
+    index, table = _read(folder)
+    _check_columns(index, table)
     with _content(folder) as content:
         digests = unpack_texts(content["shard_digests"])
-    wrong = {}
-    for number, (name, digest) in enumerate(zip(index.shards.names, digests, strict=True)):
+    wrong = _shards_differ(table)
+    for number, (name, digest) in enumerate(zip(table.names, digests, strict=True)):
+        if name in wrong:
+            continue
         if _sha256(folder / name) != digest:
             wrong[name] = "its bytes are not those that were written"
             continue
@@ -282,7 +298,7 @@ def verify_shards(folder: str | Path) -> dict[str, str]:
             reason = _members_differ(file, index, number)
         if reason:
             wrong[name] = reason
-    return wrong
+    return index, dict(sorted(wrong.items()))
 
 
 def _members_differ(file: IO[bytes], index: FolderIndex, number: int) -> str:

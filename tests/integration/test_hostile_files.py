@@ -376,7 +376,7 @@ CASES: dict[str, Case] = {
         f"shards: path escape in the index: {name!r}": (shards(shard_named(name)), 2, [f"names a shard {name!r}"])
         for name in ("../shard-00000.tar", "/etc/passwd", "sub/shard-00000.tar", "shard-0.tar")
     },
-    "shards: a link": (shards(shard_is_a_link), 2, ["shard-00001.tar: the shard is absent or no plain file"]),
+    "shards: a link": (shards(shard_is_a_link), 3, ["shard-00001.tar: the shard is absent or no plain file"]),
     "shards: an absurd size": (shards(image_at(length=1 << 50)), 2, ["image 1 lies outside its shard"]),
     "shards: a negative size": (shards(image_at(length=-1)), 2, ["image 1 lies outside its shard"]),
     "shards: an offset past the end": (shards(image_at(offset=1 << 50)), 2, ["image 1 lies outside its shard"]),
