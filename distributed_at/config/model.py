@@ -39,7 +39,7 @@ class ModelConfig(Strict):
     preact_shortcut: Literal["activated", "raw"] = Field(
         default="activated", description="input of a PreActBlock's shortcut convolution (facts 3.9)"
     )
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, description="0, as in the papers' WideResNets: masks would not resume exactly")
     pixel_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     pixel_std: tuple[float, ...] = (1.0, 1.0, 1.0)
     activation_checkpointing: bool = Field(
@@ -60,6 +60,11 @@ class ModelConfig(Strict):
                 raise ValueError(
                     f"depth of a WideResNet is 6n + 4, got {self.depth}; the nearest are {lower} and {lower + 6}"
                 )
+        if self.dropout != 0:
+            raise ValueError(
+                f"dropout is {self.dropout:g}; only 0 is allowed: its masks come from a generator that no checkpoint holds, so "
+                "a resumed run, or one on another number of workers, would be another run"
+            )
         if any(s <= 0 for s in self.pixel_std):
             raise ValueError(f"pixel_std must be positive, got {self.pixel_std}")
         return self

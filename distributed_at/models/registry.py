@@ -56,8 +56,6 @@ def resolve_layout(config: ModelConfig) -> Layout:
     given = Layout(layout.family, config.blocks, config.block)
     if layout.family != "wide_resnet" and (config.depth is not None or config.widen is not None):
         raise ConfigError(f"model.depth and model.widen belong to arch 'wide_resnet'; the arch is {config.arch!r}")
-    if layout.family != "wide_resnet" and config.dropout > 0:
-        raise ConfigError(f"model.dropout belongs to arch 'wide_resnet'; the arch is {config.arch!r}")
     if layout.family == "wide_resnet":
         if config.blocks is not None or config.block is not None:
             raise ConfigError(

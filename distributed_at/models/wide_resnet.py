@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from distributed_at.config import ModelConfig
 from distributed_at.models.activations import build_activation
@@ -20,12 +19,11 @@ STAGE_STRIDES = (1, 2, 2)
 
 
 class WideBlock(nn.Module):
-    """Norm, activation and 3x3 convolution, twice, with dropout between them."""
+    """Norm, activation and 3x3 convolution, twice."""
 
     def __init__(self, config: ModelConfig, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
         norm = norm_factory(config)
-        self.dropout = config.dropout
         self.bn1 = norm(in_channels)
         self.conv1 = conv3x3(in_channels, width, stride)
         self.bn2 = norm(width)
@@ -38,8 +36,6 @@ class WideBlock(nn.Module):
         out = self.activation(self.bn1(x, branch))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
         out = self.activation(self.bn2(self.conv1(out), branch))
-        if self.dropout > 0:
-            out = F.dropout(out, p=self.dropout, training=self.training)
         return self.conv2(out) + shortcut
 
 
@@ -57,7 +53,7 @@ class WideResNet(Network):
     """WRN-depth-widen: a 16-channel 3x3 stem, then three stages of (depth - 4) / 6 blocks of 16w, 32w and 64w channels.
 
     Args:
-        config: depth, widen, norm, activation, dropout; stem and base_width are not read here.
+        config: depth, widen, norm, activation; stem and base_width are not read here.
         num_classes: width of the logits.
     """
 

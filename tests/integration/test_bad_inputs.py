@@ -72,6 +72,7 @@ CASES = {
     "out of range": (lambda f: [*DIGITS, "optimizer.momentum=1.5"], 2, ["optimizer.momentum", "1.5", "less than 1"]),
     "unknown choice": (lambda f: [*DIGITS, "model.norm=batch"], 2, ["model.norm", "batch", "bn"]),
     "eps in wrong units": (lambda f: [*DIGITS, "attack.eps=0.2"], 2, ["eps", "/255", "51"]),
+    "dropout": (lambda f: [*DIGITS, "model.dropout=0.3"], 2, ["dropout is 0.3", "only 0 is allowed", "no checkpoint holds"]),
     "milestone past the end": (
         lambda f: [*DIGITS, "schedule.name=piecewise", "schedule.milestones=[40]"], 2, ["milestones", "40", "30"],
     ),

@@ -158,7 +158,6 @@ def test_pixel_constants_of_wrong_length_are_refused(field: str) -> None:
         ({"arch": "resnet50", "blocks": (3, 4, 6, 4)}, "model.blocks"),
         ({"arch": "resnet50", "block": "basic"}, "model.block "),
         ({"arch": "resnet18", "depth": 34}, "wide_resnet"),
-        ({"arch": "resnet18", "dropout": 0.3}, "model.dropout"),
         ({"arch": "resnet", "blocks": (), "block": "basic"}, "model.blocks"),
         ({"arch": "resnet", "blocks": (1, 0), "block": "basic"}, "model.blocks"),
         ({"arch": "wide_resnet", "depth": 10, "widen": 1, "block": "basic"}, "depth and widen"),
@@ -287,15 +286,6 @@ def test_attack_gradient_traces_into_one_graph(norm: str, mode: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images()), gradient(images()))
-
-
-def test_dropout_acts_between_the_convolutions_in_training_alone() -> None:
-    torch.manual_seed(0)
-    model = build_model(tiny("wide_resnet", dropout=0.5), num_classes=CLASSES)
-    set_bn_mode(model, "batch")
-    assert not torch.equal(model(images()), model(images()))
-    model.eval()
-    assert torch.equal(model(images()), model(images()))
 
 
 def test_preact_shortcut_takes_the_input_that_the_recipe_names() -> None:
