@@ -35,19 +35,6 @@ def wilson(correct: int, total: int, *, confidence: float = CONFIDENCE) -> tuple
     return low, high
 
 
-def clopper_pearson(correct: int, total: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return the exact (never too short) interval of ``correct / total`` (Clopper & Pearson 1934). No images: (0, 1)."""
-    _check(correct, total, confidence)
-    if total == 0:
-        return 0.0, 1.0
-    from scipy.special import betaincinv
-
-    tail = (1 - confidence) / 2
-    low = 0.0 if correct == 0 else float(betaincinv(correct, total - correct + 1, tail))
-    high = 1.0 if correct == total else float(betaincinv(correct + 1, total - correct, 1 - tail))
-    return low, high
-
-
 @dataclass(frozen=True, kw_only=True)
 class PairedTest:
     """Two models on the same images: what one gets right and the other does not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,13 +110,15 @@ def _work(args: argparse.Namespace, root: Path, config: RunConfig, protocols: li
     from distributed_at.engine.checkpoint import CheckpointManager
     from distributed_at.engine.parallel import initialise_world, shutdown_world
     from distributed_at.engine.runfolder import RunFolder
+    from distributed_at.engine.watchdog import Watchdog, section_timeouts
     from distributed_at.engine.weights import find_checkpoint, load_network
     from distributed_at.evaluation import EvaluationResult, evaluate_entry, judge
     from distributed_at.evaluation.examples import save_examples
-    from distributed_at.observe.tables import evaluation_rows, table
+    from distributed_at.observe.tables import evaluation_rows, table, worst_case_rows
 
     folder = RunFolder(root)
     world = initialise_world(config.parallel.timeout_seconds)
+    watchdog = Watchdog(folder.logs, rank=world.rank, timeouts=section_timeouts(config.parallel.timeout_seconds))
     try:
         source = open_split(config.data, args.split, seed=config.seed)
         manager = CheckpointManager(folder.checkpoints)
@@ -125,22 +128,22 @@ def _work(args: argparse.Namespace, root: Path, config: RunConfig, protocols: li
             say(f"evaluating {path.name} on {source.num_samples} {args.split} images, {world.world_size} worker(s)")
         everything: list[EvaluationResult] = []
         for what in protocols:
-            results = evaluate_entry(
-                network,
-                source,
-                what,
-                training_attack=config.attack,
-                folder=folder.evaluations,
-                seed=config.seed,
-                architecture=config.model.model_dump_json(),
-                device=world.device,
-            )
+            with watchdog.section("evaluation"):
+                results = evaluate_entry(
+                    network,
+                    source,
+                    what,
+                    training_attack=config.attack,
+                    folder=folder.evaluations,
+                    seed=config.seed,
+                    architecture=config.model.model_dump_json(),
+                    device=world.device,
+                    alive=watchdog.beat,
+                )
             everything += results
             for result in results if world.is_main else ():
                 branch = f" ({result.protocol.branch})" if config.model.norm == "mbn" else ""
                 say(f"  {result.protocol.name}{branch}: {result.correct}/{result.total} in {result.seconds:.1f} s")
-        for verdict in judge(everything) if world.is_main else ():
-            say(f"suspicious [{verdict.code}]: {verdict.message}")
         if world.is_main:
             attacked = next((w for w in protocols if w.kind == "pgd"), None)
             if attacked is not None and attacked.attack is not None:
@@ -152,11 +155,15 @@ def _work(args: argparse.Namespace, root: Path, config: RunConfig, protocols: li
                     seed=config.seed,
                     device=world.device,
                 )
-            rows = evaluation_rows(folder.root)
+            rows = [*evaluation_rows(folder.root), *worst_case_rows(config.name, everything)]
+            verdicts = judge(everything)
             if args.json:
-                print_json(rows)
+                print_json({"rows": rows, "verdicts": [asdict(verdict) for verdict in verdicts]})
             else:
                 print_table(table(rows, title=config.name))
+                for verdict in verdicts:
+                    print(f"suspicious [{verdict.code}]: {verdict.message}")
     finally:
+        watchdog.close()
         shutdown_world()
     return 0

@@ -1,7 +1,6 @@
 """Clean and robust accuracy with their protocol: sharded over ranks, resumable by sample, the same number each time."""
 
 from distributed_at.evaluation.along import evaluate_entry
-from distributed_at.evaluation.cascade import WorstCase, cascade, worst_case
 from distributed_at.evaluation.curve import CurvePoint, pgd_curve
 from distributed_at.evaluation.ledger import Ledger, LedgerConflictError
 from distributed_at.evaluation.protocol import Protocol, build_protocol, ids_hash
@@ -11,6 +10,7 @@ from distributed_at.evaluation.runner import evaluate
 from distributed_at.evaluation.source import evaluation_ids
 from distributed_at.evaluation.verdicts import Verdict, judge
 from distributed_at.evaluation.weights import weights_hash
+from distributed_at.evaluation.worst_case import WorstCase, worst_case, worst_cases
 from distributed_at.statistics import wilson
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "Verdict",
     "WorstCase",
     "build_protocol",
-    "cascade",
     "evaluate",
     "evaluate_entry",
     "evaluation_ids",
@@ -33,4 +32,5 @@ __all__ = [
     "weights_hash",
     "wilson",
     "worst_case",
+    "worst_cases",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Measurement:
     step: float | None = None
     epoch: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None  # where its rows by sample are kept
 
     @property
     def is_clean(self) -> bool:
@@ -141,6 +142,7 @@ def _read_summaries(folder: Path) -> list[Measurement]:
         for row in content if isinstance(content, list) else [content]:
             measurement = parse_measurement(row) if isinstance(row, Mapping) else None
             if measurement is not None:
+                measurement = replace(measurement, folder=path.parent)
                 found[measurement.identity, json.dumps(measurement.way, sort_keys=True, default=str)] = measurement
     return sorted(found.values(), key=_strength)
 

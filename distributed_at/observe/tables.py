@@ -1,28 +1,33 @@
 """Tables of measured accuracies, for the terminal and as JSON: the same rows, with keys that do not change.
 
 Keys of a row: ``run, protocol, hash, branch, split, metric, correct, total, accuracy, low, high, seconds, success,
-paper, difference, comparable``. ``success`` is the share that a targeted attack moved to its target, else null. Shares lie in [0, 1]; ``paper`` (percent) and ``difference`` (ours minus the paper's,
-percentage points) are null where the recipe names no number; ``comparable`` is null for the first run.
+paper, difference, comparable, p_value``. ``success`` is the share that a targeted attack moved to its target, else
+null. Shares lie in [0, 1]; ``paper`` (percent) and ``difference`` (ours minus the paper's, percentage points) are null
+where the recipe names no number; ``comparable`` is null for the first run. ``p_value`` is that of the exact McNemar test
+against the first run on the same images, null where the two are not comparable or their rows by sample are not there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from distributed_at.evaluation import EvaluationResult, Ledger, worst_cases
 from distributed_at.observe.record import Measurement, RunRecord, load_run
-from distributed_at.statistics import format_interval, format_percent
+from distributed_at.statistics import format_interval, format_percent, mcnemar
 
 KEYS = (
     "run", "protocol", "hash", "branch", "split", "metric", "correct", "total", "accuracy", "low", "high", "seconds",
-    "success", "paper", "difference", "comparable",
+    "success", "paper", "difference", "comparable", "p_value",
 )  # fmt: skip
 _SYNONYMS = {"autoattack": "aa", "natural": "clean", "nat": "clean"}
 
@@ -74,16 +79,55 @@ def evaluation_rows(run: RunRecord | Path | str, *, reference: RunRecord | None 
     rows = []
     for measurement in record.measurements:
         paper = paper_number(record, measurement)
-        comparable = None
+        comparable = p_value = None
         if reference is not None:
-            others = [m for m in reference.measurements if m.identity == measurement.identity]
-            comparable = any(measurement.comparable(other) for other in others)
+            alike = [m for m in reference.measurements if measurement.comparable(m)]
+            comparable = bool(alike)
+            p_value = paired_p_value(alike[0], measurement) if alike else None
         row = {
             key: getattr(measurement, key)
             for key in ("protocol", "hash", "branch", "split", "metric", "correct", "total", "accuracy", "low", "high", "seconds", "success")
         }  # fmt: skip
         difference = None if paper is None else 100 * measurement.accuracy - paper
-        rows.append({"run": record.name, **row, "paper": paper, "difference": difference, "comparable": comparable})
+        rows.append(
+            {
+                "run": record.name,
+                **row,
+                "paper": paper,
+                "difference": difference,
+                "comparable": comparable,
+                "p_value": p_value,
+            }
+        )
+    return rows
+
+
+def paired_p_value(first: Measurement, second: Measurement) -> float | None:
+    """Return the p-value of McNemar's exact test that two models differ on the images that both were measured on."""
+    if first.folder is None or second.folder is None:
+        return None
+    one, other = (Ledger(m.folder, m.hash).read() for m in (first, second) if m.folder is not None)
+    _, at_one, at_other = np.intersect1d(one.sample_id, other.sample_id, return_indices=True)
+    if not len(at_one):
+        return None
+    right, also = one.correct_adv[at_one], other.correct_adv[at_other]
+    return mcnemar(int((right & ~also).sum()), int((also & ~right).sum())).p_value
+
+
+def worst_case_rows(run: str, results: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
+    """Return a row for each ball that several attacks of ``results`` share: samples that none of them broke."""
+    rows = []
+    for worst in worst_cases(results):
+        first = worst.protocols[0]
+        together = hashlib.sha256("".join(sorted(p.hash for p in worst.protocols)).encode()).hexdigest()
+        low, high = worst.interval
+        rows.append(
+            {
+                **dict.fromkeys(KEYS), "run": run, "protocol": f"worst of {worst.name}", "hash": together,
+                "branch": first.branch, "split": first.split, "metric": "worst_case_accuracy", "correct": worst.correct,
+                "total": worst.total, "accuracy": worst.accuracy, "low": low, "high": high,
+            }
+        )  # fmt: skip
     return rows
 
 
@@ -114,6 +158,7 @@ def table(rows: Sequence[dict[str, Any]], *, title: str = "") -> Table:
         "target hit %": lambda row: "–" if row["success"] is None else format_percent(row["success"]),
         "paper %": lambda row: "–" if row["paper"] is None else f"{row['paper']:.2f}",
         "difference": lambda row: "–" if row["difference"] is None else f"{row['difference']:+.2f}",
+        "p, same images": lambda row: "–" if row["p_value"] is None else f"{row['p_value']:.2g}",
         "hash": lambda row: str(row["hash"])[:10],
     }
     for name in ("run", "branch", "split"):
@@ -123,6 +168,8 @@ def table(rows: Sequence[dict[str, Any]], *, title: str = "") -> Table:
         del columns["target hit %"]
     if all(row["paper"] is None for row in rows):
         del columns["paper %"], columns["difference"]
+    if all(row["p_value"] is None for row in rows):
+        del columns["p, same images"]
     shown = Table(title=title or None, header_style="bold", title_justify="left", box=SIMPLE_HEAD)
     for name in columns:
         if name in ("run", "protocol", "branch", "split"):

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from distributed_at.cli import main
+from distributed_at.engine.launch import free_port
+
 SHORT = [
     "train.epochs=6",
     "schedule.warmup_epochs=1",
@@ -74,17 +77,48 @@ def test_the_saved_recipe_runs_identically(folder):
 
 
 def test_eval_counts_every_test_image_once_and_report_shows_its_numbers(folder):
-    rows = json.loads(succeeded("eval", "robust", "--workers", "2", "--only", "clean,pgd20", "--json", cwd=folder))
+    document = json.loads(succeeded("eval", "robust", "--workers", "2", "--only", "clean,pgd20", "--json", cwd=folder))
+    rows = document["rows"]
+    assert document["verdicts"] == []
     by_name = {row["protocol"]: row for row in rows if row["split"] == "test"}
     assert by_name["clean"]["total"] == by_name["pgd20"]["total"] == 360
     assert by_name["pgd20"]["correct"] < by_name["clean"]["correct"]
     alone = json.loads(succeeded("eval", "robust", "--workers", "1", "--only", "clean,pgd20", "--json", cwd=folder))
-    assert [(r["protocol"], r["correct"], r["hash"]) for r in alone] == [
+    assert [(r["protocol"], r["correct"], r["hash"]) for r in alone["rows"]] == [
         (r["protocol"], r["correct"], r["hash"]) for r in rows
     ]
     succeeded("report", "robust", cwd=folder)
     page = (folder / "runs" / "robust" / "report.html").read_text()
     assert f"{100 * by_name['pgd20']['accuracy']:.2f}" in page
+
+
+def test_eval_names_the_worst_case_and_what_is_suspicious(folder, monkeypatch, capsys):
+    """Three attacks on one ball; then the rows of the strongest are made to say that it broke less than the others."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    attacks = [f"{{kind: pgd, name: pgd{n}, attack: {{eps: 48, num_steps: {n}, step_size: 16}}}}" for n in (2, 3, 4)]
+    command = ["eval", str(folder / "runs" / "robust"), f"evaluation.final=[{', '.join(attacks)}]"]
+
+    def evaluate(*options: str) -> str:
+        assert main([*command, *options]) == 0
+        return capsys.readouterr().out
+
+    document = json.loads(evaluate("--json"))
+    by_name = {row["protocol"]: row for row in document["rows"]}
+    worst = by_name["worst of pgd2 + pgd3 + pgd4"]
+    assert worst["correct"] <= min(by_name[f"pgd{n}"]["correct"] for n in (2, 3, 4))
+    assert (worst["total"], worst["metric"], worst["branch"]) == (360, "worst_case_accuracy", "adv")
+    assert document["verdicts"] == []
+    place = next(p.parent for p in folder.rglob("protocol.json") if by_name["pgd4"]["hash"] in p.read_text())
+    for path in place.glob("rows-*.jsonl"):
+        path.write_text(path.read_text().replace('"correct_adv":false', '"correct_adv":true'))
+    (verdict, *_) = json.loads(evaluate("--json"))["verdicts"]
+    assert verdict["code"] == "stronger_attack_is_weaker"
+    assert verdict["numbers"]["stronger"] == 1
+    shown = evaluate()
+    assert "worst of pgd2 + pgd3 + pgd4" in " ".join(shown.split())
+    assert f"suspicious [stronger_attack_is_weaker]: {verdict['message']}" in shown
 
 
 def test_the_checkpoints_verify(folder):

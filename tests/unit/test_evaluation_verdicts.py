@@ -1,8 +1,8 @@
-"""Intervals, cascades, curves and verdicts say what the rows say."""
+"""Intervals, worst cases, curves and verdicts say what the rows say."""
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ import torch
 
 from distributed_at.config import AttackConfig, EvalAttackConfig
 from distributed_at.errors import ConfigError
-from distributed_at.evaluation import EvaluationResult, Protocol, Rows, cascade, evaluate, judge, pgd_curve, wilson
-from distributed_at.evaluation.cascade import IncomparableError, worst_case
+from distributed_at.evaluation import EvaluationResult, Protocol, Rows, evaluate, judge, pgd_curve, wilson
 from distributed_at.evaluation.verdicts import vanishing_gradients
+from distributed_at.evaluation.worst_case import IncomparableError, worst_case, worst_cases
 from tests.evaluation_kit import source, trained
 
 
@@ -81,20 +81,18 @@ def test_vanished_gradients_are_seen() -> None:
     assert vanishing_gradients(lambda x: model((x > 0.5).float()) + 0 * x.sum(), x, y).numbers["share"] == 1
 
 
-def test_cascade_attacks_survivors_alone_and_counts_over_all_samples() -> None:
-    model, data = trained(), source(size=60)
-
-    def config(loss: str, steps: int) -> EvalAttackConfig:
-        attack = AttackConfig(eps=30.0, num_steps=steps, step_size=10.0, loss=loss)
-        return EvalAttackConfig(kind="pgd", attack=attack)
-
-    configs = [EvalAttackConfig(kind="clean"), config("ce", 3), config("margin", 10)]
-    worst, stages = cascade(partial(evaluate, model, data), configs, ids=data.sample_ids, batch_size=16)
-    assert worst.total == 60
-    assert [s.total for s in stages[1:]] == list(worst.remaining[:2])
-    assert worst.remaining[0] > worst.remaining[1] > worst.remaining[2] == worst.correct
-    full = [evaluate(model, data, c) for c in configs]
-    np.testing.assert_array_equal(worst_case(full).survivors, worst.survivors)
+def test_worst_cases_are_one_a_ball_over_what_every_attack_left() -> None:
+    strong = result(200, num_steps=100)
+    right = np.arange(500) >= 400  # another 100 survivors than PGD-20's 250
+    auto = replace(result(0, kind="autoattack", num_steps=0, by="apgd-t"), rows=replace(strong.rows, correct_adv=right))
+    clean = result(480, kind="clean", eps=0, num_steps=0)
+    single, other = result(300, eps=4), result(30, eps=16, branch="clean")
+    (found,) = worst_cases([clean, result(250), strong, single, other])
+    assert (found.correct, found.total, found.remaining) == (200, 500, (250, 200))
+    (found,) = worst_cases([clean, result(250), auto])
+    assert found.correct == 0
+    assert found.name == "PGD-20 linf 8/255 + AutoAttack- linf 8/255 (reduced budget)"
+    assert worst_cases([clean, single]) == []
 
 
 def test_results_that_do_not_belong_together_are_not_intersected() -> None:

@@ -8,14 +8,18 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from distributed_at.evaluation import Ledger, Rows
+from distributed_at.evaluation.rows import COLUMNS
 from distributed_at.observe.console import ConsoleView
 from distributed_at.observe.environment import collect_environment, read_environment, write_environment
 from distributed_at.observe.events import EventLog
 from distributed_at.observe.record import parse_measurement
 from distributed_at.observe.tables import KEYS, compare, compare_rows, evaluation_rows, rows_json
+from distributed_at.statistics import mcnemar
 
 
 def events() -> list[dict]:
@@ -100,6 +104,30 @@ def test_compare_table_names_runs_counts_and_intervals(tmp_path: Path) -> None:
     console.print(compare([write_summary(tmp_path / "first", 250), write_summary(tmp_path / "second", 10)]))
     for shown in ("first", "second", "50.00", "2.00", "250 / 500", "10 / 500"):
         assert shown in stream.getvalue(), shown
+
+
+def write_rows(folder: Path, right: np.ndarray, ids: np.ndarray) -> None:
+    """Keep rows by sample beside the run's summary, as its evaluation does."""
+    columns = {name: np.zeros(len(ids), dtype=kind) for name, kind in COLUMNS.items()}
+    rows = Rows(**{**columns, "sample_id": ids, "correct_adv": right})
+    Ledger(folder / "evaluations" / "pgd-adv-20", folder.name).append(rows)
+
+
+def test_runs_on_the_same_images_are_compared_image_by_image(tmp_path: Path) -> None:
+    first, second = write_summary(tmp_path / "a", 250), write_summary(tmp_path / "b", 258)
+    ids = np.arange(500) * 3
+    right = np.arange(500) < 250
+    write_rows(first, right, ids)
+    better = right.copy()
+    better[[3, *range(300, 309)]] ^= True  # loses one image, gains nine
+    write_rows(second, better[::-1].copy(), ids[::-1].copy())
+    rows = compare_rows([first, second, write_summary(tmp_path / "c", 258)])
+    assert rows[0]["p_value"] is None
+    assert rows[1]["p_value"] == pytest.approx(mcnemar(1, 9).p_value) == pytest.approx(0.0215, abs=1e-4)
+    assert rows[2]["p_value"] is None, "no rows by sample, so no test"
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(compare([first, second]))
+    assert "0.021" in stream.getvalue()
 
 
 def test_newest_evaluation_of_one_protocol_stands_and_other_protocols_stay(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def _accuracy_groups(record: RunRecord, others: Sequence[RunRecord]) -> list[dic
             "paper": "" if row["paper"] is None else f"{row['paper']:.2f}",
             "difference": "" if row["difference"] is None else f"{row['difference']:+.2f}",
             "mark": interval_mark(accuracy=row["accuracy"], low=row["low"], high=row["high"], paper=row["paper"], role="clean" if clean else "adv"),
-            "comparable": row["comparable"] is not False,
+            "comparable": row["comparable"] is not False, "p": "" if row["p_value"] is None else f"{row['p_value']:.2g}",
         })  # fmt: skip
     return list(groups.values())
 
@@ -277,6 +277,7 @@ def page_values(record: RunRecord, others: Sequence[RunRecord]) -> dict[str, Any
         "status": status, "status_level": level, "sentence": sentence(record), "findings": findings(record, others),
         "figures": _figures(record, cost), "groups": groups, "several": bool(others),
         "has_paper": any(row["paper"] for row in rows), "all_comparable": all(row["comparable"] for row in rows),
+        "has_pairs": any(row["p"] for row in rows),
         "paper_note": record.section("paper").get("note") or "", "charts": charts(record),
         "restarts": len(record.rows("restart")), "examples": load_examples(record.folder), "split": _time_split(record),
         "cost": cost, "warnings": _warnings(record), "protocols": _protocols(record), "environment": _environment(record),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from distributed_at.config import EvalAttackConfig
 from distributed_at.errors import UserError
 from distributed_at.evaluation.protocol import Protocol
 from distributed_at.evaluation.result import EvaluationResult
@@ -64,8 +63,8 @@ _BALL = ("norm", "eps")
 def worst_case(results: Sequence[EvaluationResult]) -> WorstCase:
     """Intersect the surviving samples of several results.
 
-    The first result names the samples. Each later one may cover fewer, as long as it covers all that still stand
-    (an attack on survivors), so this takes full evaluations and cascades alike.
+    The first result names the samples. Each later one may cover fewer, as long as it covers all that still stand (an
+    attack on survivors).
 
     Raises:
         IncomparableError: where the results are not of one model and one ball, or leave a standing sample out.
@@ -95,30 +94,11 @@ def worst_case(results: Sequence[EvaluationResult]) -> WorstCase:
     )
 
 
-def cascade(
-    evaluate: Callable[..., EvaluationResult],
-    configs: Sequence[EvalAttackConfig],
-    *,
-    ids: np.ndarray,
-    **arguments: Any,
-) -> tuple[WorstCase, list[EvaluationResult]]:
-    """Run attacks one after another, each only on the samples that the earlier ones left standing.
-
-    Args:
-        evaluate: ``runner.evaluate`` with its model and source bound (``functools.partial``).
-        configs: cheapest attack first.
-        ids: (N,) sample ids.
-        arguments: passed on to every evaluation (folder, batch_size, seed, ...).
-
-    Returns:
-        The worst case over all samples, and each stage's own result over what it attacked.
-    """
-    results: list[EvaluationResult] = []
-    standing = np.unique(np.asarray(ids, dtype=np.int64))
-    for config in configs:
-        if results and not len(standing):
-            break
-        result = evaluate(what=config, ids=standing, **arguments)
-        results.append(result)
-        standing = result.rows.sample_id[result.rows.correct_adv]
-    return worst_case(results), results
+def worst_cases(results: Sequence[EvaluationResult]) -> list[WorstCase]:
+    """Return the worst case of each model, ball and set of samples that at least two attacks of ``results`` share."""
+    groups: dict[tuple[Any, ...], list[EvaluationResult]] = {}
+    for result in results:
+        if result.protocol.kind != "clean":
+            names = (*_SHARED, *_BALL, "data_ids")
+            groups.setdefault(tuple(getattr(result.protocol, name) for name in names), []).append(result)
+    return [worst_case(group) for group in groups.values() if len(group) > 1]
