@@ -230,4 +230,4 @@ class _GroupNormReLU(_SingleLevelFunction):
 @torch.library.impl(_LIBRARY, "group_norm_relu", "Autograd")
 def _differentiable(x, weight, bias, num_groups, eps, relu):
     with enable_single_level_autograd_function():  # functorch has peeled off its level before it comes here
-        return _GroupNormReLU.apply(x, weight, bias, num_groups, eps, relu)
+        return _GroupNormReLU.apply(x, weight, bias, num_groups, eps, relu)  # type: ignore[attr-defined]
