@@ -22,7 +22,10 @@ def render(plan: Plan) -> RenderableType:
         rates.add_column(column, justify="right")
     for point in plan.rates:
         rates.add_row(f"{point.epoch:.3f}", f"{point.step:,}", f"{point.learning_rate:.6g}", f"{point.eps:g}")
-    warnings = [Text(f"warning [{w.code}]: {w.message}", style="yellow") for w in plan.warnings]
+    warnings = [
+        Text(f"{w.level} [{w.code}]: {w.message}", style="yellow" if w.level == "warning" else "green")
+        for w in plan.warnings
+    ]
     return Group(facts, Text(""), rates, *([Text(""), *warnings] if warnings else []))
 
 

@@ -19,13 +19,13 @@ from distributed_at.attacks import PGD
 from distributed_at.attacks.iteration import input_gradient
 from distributed_at.attacks.losses import LOSSES, Goal
 from distributed_at.attacks.targets import choose_targets
+from distributed_at.bench.certificate import FORMAT, KIND
 from distributed_at.config import AttackConfig
 from distributed_at.engine.twin import Twin
 from distributed_at.rng import EVALUATION_EPOCH
 from distributed_at.statistics import mcnemar, wilson
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-FORMAT = 1
 # An attack passes where it leaves at most this much more robust accuracy than float32's, with 95 % confidence.
 TOLERANCE = 0.01
 Verdict = Literal["passes", "weaker", "undecided"]
@@ -228,7 +228,7 @@ def certificate(rows: list[Row], *, skipped: dict[str, str], about: dict[str, An
     """Return the certificate as plain data: what was attacked (``about``), the rows, and what could not run and why."""
     return {
         "format": FORMAT,
-        "kind": "attack precision certificate",
+        "kind": KIND,
         "tolerance": TOLERANCE,
         **about,
         "rows": [asdict(row) for row in rows],

@@ -85,7 +85,7 @@ def _certify(args: argparse.Namespace, root: Path) -> tuple[dict[str, Any], list
     about = {
         "run": config.name,
         "checkpoint": path.name,
-        "arch": config.model.arch,
+        "model": config.model.model_dump(mode="json"),
         "weights": weights_hash(network),
         "attack": config.attack.model_dump(mode="json"),
         "dataset": config.data.dataset,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,11 @@ import torch
 from torch import nn
 
 from distributed_at.bench import precision
+from distributed_at.bench.certificate import check_certificate
 from distributed_at.config import AttackConfig, ModelConfig
 from distributed_at.models import build_model
+from distributed_at.planning import make_plan, plan_table
+from distributed_at.recipes import load_recipe
 
 CLASSES = 4
 
@@ -96,3 +101,70 @@ def test_certificate_is_json_and_names_what_was_attacked() -> None:
     again = json.loads(json.dumps(document))
     assert again["weights"] == "abc"
     assert [row["precision"] for row in again["rows"]] == ["fp32", "bf16", "fp16"]
+
+
+def recipe(*overrides: str):
+    return load_recipe("digits/adversarial.yaml", ["attack.dtype=bf16", *overrides]).config
+
+
+@pytest.fixture
+def written(tmp_path: Path):
+    """Return a function that writes a certificate of the digits recipe with changes, and checks a recipe against it."""
+    config = recipe()
+    row = precision.Row(
+        precision="bf16",
+        robust_accuracy=precision.Estimate(value=0.5, low=0.4, high=0.6),
+        loss=precision.Estimate(value=1.0, low=0.9, high=1.1),
+        accuracy_above_fp32=precision.Estimate(value=0.001, low=-0.002, high=0.004),
+        verdict="passes",
+    )
+
+    def check(config=config, *, verdict: str = "passes", text: str | None = None, **about: object) -> tuple[str, str]:
+        fields = {
+            "run": "earlier", "model": recipe().model.model_dump(mode="json"), "dataset": "digits", "num_samples": 900,
+            "attack": recipe("attack.dtype=fp32").attack.model_dump(mode="json"),
+        }  # fmt: skip
+        rows = [replace(row, verdict=verdict)]
+        document = precision.certificate(rows, skipped={"fp16": "no such unit"}, about={**fields, **about})
+        path = tmp_path / "certificate.json"
+        path.write_text(json.dumps(document) if text is None else text)
+        return check_certificate(path, config, config.attack)
+
+    return check
+
+
+def test_certificate_that_passed_is_said_to(written) -> None:
+    code, message = written()
+    assert code == "certificate_passed"
+    assert "on 900 images of run earlier the bf16 attack leaves +0.10 points [-0.20, +0.40]" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "code", "words"),
+    [
+        ([], {"verdict": "weaker"}, "certificate_failed", "flatters the model"),
+        ([], {"verdict": "undecided"}, "certificate_undecided", "too few images"),
+        (["attack.dtype=fp16"], {}, "certificate_without_this_precision", "says nothing of fp16: no such unit"),
+        (["model.base_width=32"], {}, "certificate_of_another_network", "base_width is 16, not 32"),
+        ([], {"dataset": "cifar10"}, "certificate_of_another_network", "dataset is 'cifar10', not 'digits'"),
+        (["attack.num_steps=9"], {}, "certificate_of_another_attack", "num_steps is 7, not 9"),
+        (["attack.eps=40"], {}, "certificate_of_another_attack", "eps is 51.0, not 40.0"),
+        ([], {"text": "{"}, "certificate_unreadable", "cannot be read"),
+        ([], {"text": "[1]"}, "certificate_unreadable", "is no attack precision certificate"),
+        ([], {"format": 1}, "certificate_unreadable", "of format 2"),
+    ],
+)
+def test_certificate_that_does_not_cover_the_recipe_is_warned_of(written, overrides, changes, code, words) -> None:
+    found, message = written(recipe(*overrides), **changes)
+    assert found == code
+    assert words in message
+
+
+def test_plan_names_the_field_and_tells_a_note_from_a_warning(written, tmp_path: Path) -> None:
+    written()
+    for name, level, code in (("certificate.json", "note", "passed"), ("absent.json", "warning", "missing")):
+        found = make_plan(recipe(f"attack.precision_certificate={tmp_path / name}"))
+        (told,) = [w for w in found.warnings if w.code.startswith("certificate_")]
+        assert (told.level, told.code) == (level, f"certificate_{code}")
+        assert told.message.startswith("attack.precision_certificate: ")
+        assert any(f"{level} [certificate_{code}]" in str(part) for part in plan_table(found).renderables)
