@@ -6,6 +6,7 @@ Nothing here trains; ``trainer.py`` runs what is built here.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -160,10 +161,16 @@ def _attack_work(
     )
 
 
-def build_parts(config: RunConfig, world: World, folder: RunFolder | None = None) -> Parts:
+def build_parts(
+    config: RunConfig,
+    world: World,
+    folder: RunFolder | None = None,
+    warn: Callable[[str, str], None] | None = None,
+) -> Parts:
     """Build all parts of a training run on this rank.
 
     ``folder``: the run's; a new run takes ``train.init_from`` where it names one. Without a folder none are read.
+    ``warn``: called with (code, message) for what the data source meets, such as damaged files.
     """
     seed_everything(config)
     plan = BatchPlan.resolve(
@@ -172,7 +179,7 @@ def build_parts(config: RunConfig, world: World, folder: RunFolder | None = None
         micro_batch_size=config.train.micro_batch_size,
         bn_group_size=config.train.bn_group_size,
     )
-    source = open_split(config.data, "train", seed=config.seed)
+    source = open_split(config.data, "train", seed=config.seed, warn=warn)
     order = StepOrder(
         source.num_samples,
         config.train.batch_size,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 import traceback
 from pathlib import Path
 
 import torch.distributed as dist
+
+from distributed_at.engine.checkpoint_ranks import first_line
 
 # What gloo, NCCL and the rendezvous store say when another process is gone or silent; gloo raises plain RuntimeErrors.
 _SIGNS = (
@@ -27,6 +30,12 @@ def lost_rank(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def what_was_lost(error: BaseException) -> str:
+    """The part of a ``lost_rank`` error that says what happened, without torch's source lines and advice."""
+    text = first_line(error).partition(": ")[2] or first_line(error)
+    return re.sub(r"^\[/[^\]]*\] ", "", text).split(". This is typically")[0].rstrip(".")
 
 
 def rank_and_host() -> str:

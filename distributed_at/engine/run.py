@@ -12,8 +12,8 @@ from typing import Any
 from distributed_at.config import RunConfig
 from distributed_at.engine.builder import build_parts
 from distributed_at.engine.checkpoint import CheckpointManager
-from distributed_at.engine.checkpoint_ranks import first_line
-from distributed_at.engine.failures import lost_rank, rank_and_host, write_failure
+from distributed_at.engine.failures import lost_rank, rank_and_host, what_was_lost, write_failure
+from distributed_at.engine.notes import Notes
 from distributed_at.engine.parallel import World, initialise_world, shutdown_world
 from distributed_at.engine.preemption import start_listening
 from distributed_at.engine.resume import Checkpoints
@@ -24,7 +24,7 @@ from distributed_at.engine.validation import Validator
 from distributed_at.engine.watchdog import Watchdog, section_timeouts
 from distributed_at.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE, UserError
 from distributed_at.observe.console import ConsoleView
-from distributed_at.observe.environment import collect_environment, write_environment
+from distributed_at.observe.environment import changes, collect_environment, read_environment, write_environment
 from distributed_at.observe.events import EventLog, View, next_restart
 from distributed_at.observe.wandb import WandbView
 
@@ -41,7 +41,7 @@ def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, q
     try:
         lock = _enter_folder(world, config, folder, fresh)
         watchdog = Watchdog(folder.logs, rank=world.rank, timeouts=section_timeouts(config.parallel.timeout_seconds))
-        events = _open_events(world, config, folder, quiet)
+        events = _open_events(world, config, folder, lock, quiet)
         with watchdog.section("setup"):
             outcome = _train(world, config, folder, lock, events, watchdog, stop.stop_requested)
         together = True
@@ -69,7 +69,9 @@ def run_worker(config: RunConfig, folder: RunFolder, *, fresh: bool = False, qui
         path = write_failure(folder.logs)
         if lost_rank(error):
             code = EXIT_HANG
-            told = f"distributed-at: error: rank {rank_and_host()} lost another rank: {first_line(error)} (see {path})"
+            told = (
+                f"distributed-at: error: rank {rank_and_host()} lost another rank: {what_was_lost(error)} (see {path})"
+            )
         else:
             code, told = 1, traceback.format_exc()
     print(told, file=sys.stderr, flush=True)
@@ -102,11 +104,13 @@ def _enter_folder(world: World, config: RunConfig, folder: RunFolder, fresh: boo
     return lock
 
 
-def _open_events(world: World, config: RunConfig, folder: RunFolder, quiet: bool) -> EventLog:
+def _open_events(world: World, config: RunConfig, folder: RunFolder, lock: RunLock | None, quiet: bool) -> EventLog:
     if not world.is_main:
         return EventLog(folder.root, enabled=False)
     restart = next_restart(folder.root)
-    write_environment(folder.root, collect_environment(restart=restart, world_size=world.world_size))
+    before = read_environment(folder.root)
+    environment = collect_environment(restart=restart, world_size=world.world_size)
+    write_environment(folder.root, environment)
     views: list[View] = (
         [] if quiet else [ConsoleView(file=sys.stderr, name=config.name, total_epochs=config.train.epochs)]
     )
@@ -122,7 +126,14 @@ def _open_events(world: World, config: RunConfig, folder: RunFolder, quiet: bool
                 config=config.model_dump(mode="json"),
             )
         )
-    return EventLog(folder.root, restart=restart, views=views)
+    events = EventLog(folder.root, restart=restart, views=views)
+    if lock is not None and lock.took_over is not None:
+        message = f"the folder's lock was left by {lock.took_over}"
+        events.write("warning", step=0, epoch=0.0, code="lock_taken_over", message=message)
+    if before and (changed := changes(before, environment)):
+        message = f"this start differs from the one before: {', '.join(changed)}; it need not be bitwise the same run"
+        events.write("warning", step=0, epoch=0.0, code="environment_changed", message=message)
+    return events
 
 
 def _train(
@@ -147,8 +158,9 @@ def _train(
         timeout_seconds=config.parallel.timeout_seconds,
     )
     manager.probe()
-    parts = build_parts(config, world, folder)
-    validator = Validator(config, world) if config.evaluation.validation else None
+    notes = Notes()
+    parts = build_parts(config, world, folder, warn=notes.add)
+    validator = Validator(config, world, warn=notes.add, alive=watchdog.beat) if config.evaluation.validation else None
     trainer = Trainer(
         parts,
         Checkpoints(manager, config.checkpoint, lock),
@@ -156,6 +168,7 @@ def _train(
         events,
         stop_requested=stop_requested,
         watch=watchdog.section,
+        notes=notes,
     )
     try:
         return trainer.run()

@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distributed_at.errors import LockedError
+from distributed_at.errors import LockedError, UserError
 
 LOCK = "lock"
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "SIGNALING", "STAGE_OUT")
@@ -75,18 +75,24 @@ class RunLock:
         self.path = self.folder / LOCK
         self._heartbeat_seconds, self._stale_seconds = heartbeat_seconds, stale_seconds
         self._me: Holder | None = None
+        self.took_over: str | None = None  # whose lock was taken over, and why it counts as dead
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> RunLock:
-        """Take the lock or raise LockedError naming the holder. Of several processes at once, exactly one succeeds."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Take the lock. Of several processes at once, exactly one succeeds.
+
+        Raises:
+            LockedError: a live process holds it; the message names it.
+            UserError: the folder cannot be written.
+        """
         me = this_process()
         mine = self.folder / f".lock-{me.token}"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             mine.write_text(json.dumps(asdict(me)), encoding="utf-8")
         except OSError as error:
-            raise LockedError(f"cannot lock run folder {self.folder}: {error.strerror}") from None
+            raise UserError(f"run folder {self.folder} cannot be written: {error.strerror}") from None
         try:
             for _ in range(20):
                 if _link(mine, self.path):
@@ -100,6 +106,7 @@ class RunLock:
                         f"run folder {self.folder} is in use by {holder}. Stop it first, or use another folder or name."
                     )
                 if self._take_over(holder, mine, me):
+                    self.took_over = f"{holder}: {reason}"
                     break
             else:
                 raise LockedError(f"run folder {self.folder}: its lock changes hands faster than it can be read")

@@ -24,6 +24,7 @@ from distributed_at.engine.nonfinite import (
     NonfiniteGuard,
     offending_ids,
 )
+from distributed_at.engine.notes import Notes
 from distributed_at.engine.parallel import gather_all, sum_over_ranks
 from distributed_at.engine.preemption import agree_max
 from distributed_at.engine.progress import EarlyStopping, Meters
@@ -65,6 +66,7 @@ class Trainer:
         stop_requested: Callable[[], bool] = lambda: False,
         on_step: Callable[[int], None] = lambda step: None,
         watch: Callable[[str], AbstractContextManager[None]] = lambda section: nullcontext(),
+        notes: Notes | None = None,
     ) -> None:
         self.parts = parts
         self.config = parts.config
@@ -77,6 +79,7 @@ class Trainer:
         self._stop_requested = stop_requested
         self._on_step = on_step
         self._watch = watch
+        self._notes = notes
         self._clock = StepClock(parts.world.device)
         self._times = StepTimes()
         self._slow: set[int] = set()
@@ -277,6 +280,8 @@ class Trainer:
         )
         self._times.record((seconds["data"] + seconds["attack"]) / max(steps, 1))  # before the step's first collective
         self._name_slow_ranks()
+        for code, message in self._notes.collect(self.world) if self._notes is not None else ():
+            self._event("warning", code=code, message=message)
 
     def _name_slow_ranks(self) -> None:
         """Warn where other ranks than before hold the step up."""

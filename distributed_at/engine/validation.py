@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -19,10 +19,19 @@ from distributed_at.evaluation import EvaluationResult, evaluate_entry
 class Validator:
     """Evaluates ``evaluation.validation`` on images held out of train."""
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        *,
+        warn: Callable[[str, str], None] | None = None,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``warn``: as in ``open_split``; ``alive``: as in ``evaluate``."""
         self._config = config
         self._world = world
-        self._source: ImageSource = open_split(config.data, "validation", seed=config.seed)
+        self._alive = alive
+        self._source: ImageSource = open_split(config.data, "validation", seed=config.seed, warn=warn)
         self._network: nn.Module | None = None
         self._interval = 0
 
@@ -62,5 +71,6 @@ class Validator:
                 seed=self._config.seed,
                 architecture=self._config.model.model_dump_json(),
                 device=self._world.device,
+                alive=self._alive,
             )
         ]

@@ -52,6 +52,7 @@ class Watchdog:
         self._on_hang = on_hang
         self._armed: list[tuple[str, float]] = []  # (section, timeout), innermost last
         self._deadline = float("inf")
+        self._armed_at = 0.0
         self._changed = threading.Condition()
         self._closed = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +73,9 @@ class Watchdog:
             self._arm()
 
     def beat(self) -> None:
-        """Start the current section's time anew, e.g. once a training step."""
-        self._arm()
+        """Start the current section's time anew: there is progress. Cheap enough to call before every forward pass."""
+        if self._armed and time.monotonic() - self._armed_at >= min(1.0, 0.1 * self._armed[-1][1]):
+            self._arm()
 
     def close(self) -> None:
         """Stop watching."""
@@ -90,7 +92,8 @@ class Watchdog:
     def _arm(self) -> None:
         with self._changed:
             timeout = self._armed[-1][1] if self._armed else None
-            self._deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+            self._armed_at = time.monotonic()
+            self._deadline = self._armed_at + timeout if timeout is not None else float("inf")
             self._changed.notify()
         if timeout is None:
             faulthandler.cancel_dump_traceback_later()

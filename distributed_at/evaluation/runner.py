@@ -19,6 +19,7 @@ from distributed_at.config import AttackConfig, EvalAttackConfig
 from distributed_at.errors import ConfigError
 from distributed_at.evaluation.ledger import Ledger
 from distributed_at.evaluation.protocol import AUTOATTACK_CHUNK, Protocol, build_protocol, ids_hash
+from distributed_at.evaluation.pulse import Pulse
 from distributed_at.evaluation.quiet import borrowed
 from distributed_at.evaluation.result import EvaluationResult
 from distributed_at.evaluation.rows import Rows, concatenate, empty_rows
@@ -50,6 +51,7 @@ def evaluate(
     preprocessing: str | None = None,
     chunk_size: int = AUTOATTACK_CHUNK,
     on_progress: Progress | None = None,
+    alive: Callable[[], None] = lambda: None,
     siblings: Siblings | None = None,
     given: Rows | None = None,
 ) -> EvaluationResult:
@@ -78,6 +80,7 @@ def evaluate(
         chunk_size: samples that AutoAttack treats together; part of the protocol, so change it only where a chunk does
             not fit in memory.
         on_progress: called as (samples done, samples of this rank) after each batch.
+        alive: called before each forward pass, and while this rank waits for others that get on: a watchdog's ``beat``.
         siblings: takes the rows of the same attack at fewer steps (``along.py``).
         given: rows of this protocol that this rank already made; they are not computed again.
 
@@ -122,9 +125,18 @@ def evaluate(
         siblings.open(protocol, folder)
     known = shard.together(lambda: _known(ledger, given, ids))
     known = union(shard, known, ids, protocol.attacks)
-    work = Work(model, source, protocol, on, batch_size, siblings.counts if siblings is not None else ())
+    pulse = Pulse(shard, alive)
+    counts = siblings.counts if siblings is not None else ()
+    work = Work(model, source, protocol, on, batch_size, counts, beat=pulse.beat)
+
+    def share() -> Rows:
+        try:
+            return _compute(work, shard, ids, known, ledger, on_progress, siblings)
+        finally:
+            pulse.wait()
+
     with borrowed(model):
-        fresh = shard.together(lambda: _compute(work, shard, ids, known, ledger, on_progress, siblings))
+        fresh = shard.together(share)
     everything = union(shard, fresh, ids, protocol.attacks)
     computed = len(everything)
     if ledger is not None and not shard.connected:

@@ -20,11 +20,17 @@ from distributed_at.evaluation.source import Source
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_forward(model: nn.Module, protocol: Protocol, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return x (N, C, H, W) in [0, 1] -> logits (N, K) float32, on the protocol's branch and in its dtype."""
+def make_forward(
+    model: nn.Module, protocol: Protocol, device: torch.device, beat: Callable[[], None] = lambda: None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return x (N, C, H, W) in [0, 1] -> logits (N, K) float32, on the protocol's branch and in its dtype.
+
+    ``beat`` is called before each pass.
+    """
     low = _AUTOCAST.get(protocol.dtype)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        beat()
         if low is None:
             return model(x, branch=protocol.branch).float()
         with torch.autocast(device.type, dtype=low):
@@ -44,11 +50,12 @@ class Work:
         device: torch.device,
         batch_size: int,
         counts: tuple[int, ...] = (),
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """``counts``: fewer numbers of PGD steps whose rows ``rows`` makes as well."""
+        """``counts``: fewer numbers of PGD steps whose rows ``rows`` makes as well; ``beat``: as in ``make_forward``."""
         self.source, self.protocol, self.counts = source, protocol, counts
         self.device, self.batch_size = device, batch_size
-        self.forward = make_forward(model, protocol, device)
+        self.forward = make_forward(model, protocol, device, beat)
 
     def rows(self, ids: np.ndarray) -> Rows:
         """Return the rows of ``ids`` (N,), which for AutoAttack are one whole chunk."""

@@ -95,6 +95,26 @@ def collect_environment(
     return redact(to_json(found))
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Name what the program is made of and has changed between two environments: ``torch 2.11.0 -> 2.12.0``.
+
+    Between other versions a resumed run need not be bitwise the one that would have gone on.
+    """
+    old, new = before.get("versions", {}), now.get("versions", {})
+    found = [
+        f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    commits = [str((one.get("git") or {}).get("commit") or "")[:12] for one in (before, now)]
+    if all(commits) and commits[0] != commits[1]:
+        found.append(f"commit {commits[0]} -> {commits[1]}")
+    kinds = [(one.get("devices") or {}).get("kind") for one in (before, now)]
+    if kinds[0] != kinds[1]:
+        found.append(f"devices {kinds[0]} -> {kinds[1]}")
+    return found
+
+
 def read_environment(run_folder: Path | str) -> dict[str, Any]:
     """Return ``environment.json``, or an empty mapping where it is absent or unreadable."""
     try:
