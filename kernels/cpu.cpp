@@ -76,7 +76,7 @@ double norm_of(const std::vector<double>& partial, int64_t sample, int64_t piece
 }
 
 template <typename Clean, typename Gradient>
-void l2_step(float* out, const float* x, const Clean* clean, const Gradient* gradient, double signed_step, double floor, Ball ball,
+void l2_step(float* out, const float* x, const Clean* clean, const Gradient* gradient, double signed_step, Ball ball,
              int64_t samples, int64_t count) {
   const int64_t pieces = (count + kPiece - 1) / kPiece;
   std::vector<double> gradient_sums(samples * pieces), delta_sums(samples * pieces);
@@ -85,7 +85,7 @@ void l2_step(float* out, const float* x, const Clean* clean, const Gradient* gra
         sum_of_squares(begin, end, [&](int64_t i) { return double(finite_gradient(to_float(gradient[i]))); });
   });
   std::vector<double> scales(samples), ratios(samples);
-  for (int64_t n = 0; n < samples; ++n) scales[n] = l2_scale(signed_step, norm_of(gradient_sums, n, pieces), floor);
+  for (int64_t n = 0; n < samples; ++n) scales[n] = l2_scale(signed_step, norm_of(gradient_sums, n, pieces));
   over_pieces(samples, count, [&](int64_t piece, int64_t sample, int64_t begin, int64_t end) {
     const double scale = scales[sample];
     for (int64_t i = begin; i < end; ++i) {
@@ -222,13 +222,13 @@ int dat_cpu_normalise(void* network, int network_type, const float* x, const flo
 }
 
 int dat_cpu_l2_step(float* out, const float* x, const void* clean, int clean_type, const void* gradient,
-                    int gradient_type, const float* eps, const float* step, float direction, double floor, float low, float high,
+                    int gradient_type, const float* eps, const float* step, float direction, float low, float high,
                     int64_t samples, int64_t count) {
   const Ball ball{*eps, low, high};
   bool known = false;
   with_clean_type(clean_type, clean, [&](const auto* clean_typed) {
     known = with_gradient_type(gradient_type, gradient, [&](const auto* gradient_typed) {
-      l2_step(out, x, clean_typed, gradient_typed, double(direction) * double(*step), floor, ball, samples, count);
+      l2_step(out, x, clean_typed, gradient_typed, double(direction) * double(*step), ball, samples, count);
     });
   });
   return known ? 0 : 1;

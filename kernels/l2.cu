@@ -48,12 +48,12 @@ template <typename Clean, typename Gradient>
 __global__ void step_and_squares(float* __restrict__ out, double* __restrict__ delta_partial,
                                  const double* __restrict__ gradient_partial, const float* __restrict__ x,
                                  const Clean* __restrict__ clean, const Gradient* __restrict__ gradient,
-                                 const float* __restrict__ step, float direction, double floor, int64_t samples,
-                                 int64_t count, int64_t pieces) {
+                                 const float* __restrict__ step, float direction, int64_t samples, int64_t count,
+                                 int64_t pieces) {
   const double signed_step = static_cast<double>(direction) * static_cast<double>(*step);
   for (int64_t piece = blockIdx.x; piece < samples * pieces; piece += gridDim.x) {
     const int64_t sample = piece / pieces;
-    const double scale = l2_scale(signed_step, norm_of(gradient_partial, sample, pieces), floor);
+    const double scale = l2_scale(signed_step, norm_of(gradient_partial, sample, pieces));
     const int64_t first = (piece % pieces) * kPiece;
     const int64_t last = first + kPiece < count ? first + kPiece : count;
     double mine = 0.0;
@@ -100,8 +100,7 @@ extern "C" int64_t dat_cuda_l2_scratch(int64_t samples, int64_t count) {
 
 extern "C" int dat_cuda_l2_step(float* out, double* scratch, const float* x, const void* clean, int clean_type,
                                 const void* gradient, int gradient_type, const float* eps, const float* step,
-                                float direction, double floor, float low, float high, int64_t samples, int64_t count,
-                                void* stream) {
+                                float direction, float low, float high, int64_t samples, int64_t count, void* stream) {
   const int64_t pieces = (count + kPiece - 1) / kPiece;
   if (samples * pieces == 0) return 0;
   double* gradient_partial = scratch;
@@ -110,7 +109,7 @@ extern "C" int dat_cuda_l2_step(float* out, double* scratch, const float* x, con
   return launch_for_types(clean_type, clean, gradient_type, gradient, [&](const auto* c, const auto* g) {
     DAT_LAUNCH(gradient_squares, blocks, kThreads, stream, gradient_partial, g, samples, count, pieces);
     DAT_LAUNCH(step_and_squares, blocks, kThreads, stream, out, delta_partial, gradient_partial, x, c, g, step,
-               direction, floor, samples, count, pieces);
+               direction, samples, count, pieces);
     DAT_LAUNCH(project, blocks, kThreads, stream, out, delta_partial, c, eps, low, high, samples, count, pieces);
   });
 }

@@ -142,11 +142,8 @@ DAT_INLINE float l2_project(float x, float clean, double ratio, Ball ball) {
   return at_most(at_least(inside, ball.low), ball.high) + 0.0f;
 }
 
-// What a gradient of this norm is multiplied with to make the step; a zero gradient stays zero where the floor is 0.
-DAT_INLINE double l2_scale(double signed_step, double norm, double floor) {
-  const double divisor = norm + floor;
-  return divisor > 0.0 ? signed_step / divisor : 0.0;
-}
+// What a gradient of this norm is multiplied with to make the step; a zero gradient stays zero.
+DAT_INLINE double l2_scale(double signed_step, double norm) { return norm > 0.0 ? signed_step / norm : 0.0; }
 
 struct Words {
   uint32_t word[4];

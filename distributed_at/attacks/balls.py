@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from distributed_at.ops import reference
+
 
 class Bounds(NamedTuple):
     """The feasible set around one batch.
@@ -69,46 +71,18 @@ def linf_step(adv: torch.Tensor, grad: torch.Tensor, step_size: torch.Tensor, bo
     return linf_project(adv + step_size * sign, bounds)
 
 
-def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values.reshape(-1, *([1] * (like.dim() - 1)))
-
-
-def l2_norms(delta: torch.Tensor) -> torch.Tensor:
-    """Return (N,) float64 norms of each image's perturbation, over that image alone."""
-    return torch.linalg.vector_norm(delta, dim=tuple(range(1, delta.dim())), dtype=torch.float64)
-
-
 def l2_project(adv: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-    """Return ``adv`` scaled into the L2 ball around its clean image, then clipped to the box.
-
-    Points inside are returned unchanged. Clipping to the box cannot leave the ball, as the clean image is in the box.
-    """
-    delta = adv - bounds.center
-    norms = l2_norms(delta)
-    # the products and sums below round; this margin keeps what they return inside
-    margin = 1.0 - max(4.0 * torch.finfo(adv.dtype).eps, 1e-12)
-    factor = bounds.eps.to(torch.float64) * margin / norms.clamp_min(torch.finfo(torch.float64).tiny)
-    scaled = delta * _per_sample(factor, adv).to(adv.dtype)
-    moved = bounds.center + scaled
-    too_far = (moved - bounds.center).abs() > scaled.abs()
-    moved = torch.where(too_far, torch.nextafter(moved, bounds.center), moved)
-    inside = norms <= bounds.eps.to(torch.float64)
-    return torch.clamp(torch.where(_per_sample(inside, adv), adv, moved), bounds.lower, bounds.upper)
+    """Return ``adv`` scaled into the L2 ball around its clean image, then clipped to the box; inside, unchanged."""
+    return reference.l2_project(adv, bounds.center, bounds.eps, bounds.lower, bounds.upper)
 
 
 def l2_direction(grad: torch.Tensor) -> torch.Tensor:
-    """Return the unit vector of each image's gradient; NaN elements count as 0 and a zero gradient stays zero.
-
-    The largest element is divided out first, so neither tiny nor huge gradients lose their norm to under- or overflow.
-    """
-    largest_finite = torch.finfo(grad.dtype).max
-    finite = torch.nan_to_num(grad, nan=0.0, posinf=largest_finite, neginf=-largest_finite)
-    peak = finite.abs().amax(dim=tuple(range(1, grad.dim())), keepdim=True)
-    scaled = finite / torch.where(peak > 0, peak, torch.ones_like(peak))
-    norms = _per_sample(l2_norms(scaled), grad).to(grad.dtype)
-    return scaled / torch.where(norms > 0, norms, torch.ones_like(norms))
+    """Return the unit vector of each image's gradient; NaN elements count as 0 and a zero gradient stays zero."""
+    finite = reference.finite_gradient(grad)
+    norms = reference.l2_norms(finite)
+    return (finite / torch.where(norms > 0, norms, 1.0)).to(grad.dtype)
 
 
 def l2_step(adv: torch.Tensor, grad: torch.Tensor, step_size: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-    """Return one ascent step of length ``step_size`` along the gradient, projected (Pang et al., code; facts 3.2)."""
-    return l2_project(adv + step_size * l2_direction(grad).to(adv.dtype), bounds)
+    """Return one ascent step of length ``step_size`` along the gradient, projected (``ops.l2_step`` states it)."""
+    return reference.l2_step(adv, bounds.center, grad, bounds.eps, step_size, -1.0, bounds.lower, bounds.upper)

@@ -50,7 +50,7 @@ class PGD:
         num_classes: needed for random targets.
         loss_scale: power of two on the summed loss that keeps 16-bit gradients from underflowing (Xie & Yuille: 128).
         check_input: refuse images outside the box, before the loop (this waits for the device once).
-        fused: use the compiled one-pass kernels where they exist; the bits are the same. Off, nothing is compiled.
+        fused: use the compiled kernels where they exist; the bits are the same (l2: to 2^-22). Off, nothing is compiled.
     """
 
     threat: Threat

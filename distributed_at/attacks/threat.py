@@ -71,16 +71,15 @@ class Threat:
     ) -> torch.Tensor:
         """Return one ascent step (sign for linf, unit L2 length for l2), projected into bounds.
 
-        ``fused`` takes the one-pass kernel where there is one (linf, float32): the same bits, fewer passes.
+        ``fused`` takes the kernel where there is one (float32): fewer passes, and the same bits for linf; for l2 the
+        same to 2^-22, as the kernel sums norms in another order.
         """
-        if fused and self._has_kernel(adv):
-            return ops.linf_step(adv, bounds.center, grad, eps=bounds.eps, step=step_size, direction=-1.0, box=self.box)
+        if fused and adv.dtype == torch.float32:
+            kernel = ops.linf_step if self.norm == "linf" else ops.l2_step
+            return kernel(adv, bounds.center, grad, eps=bounds.eps, step=step_size, direction=-1.0, box=self.box)
         if self.norm == "linf":
             return balls.linf_step(adv, grad, step_size, bounds)
         return balls.l2_step(adv, grad, step_size, bounds)
-
-    def _has_kernel(self, x: torch.Tensor) -> bool:
-        return self.norm == "linf" and x.dtype == torch.float32
 
     def project(self, adv: torch.Tensor, x: torch.Tensor, *, eps: float | torch.Tensor | None = None) -> torch.Tensor:
         """Return the point of ball and box that stands for ``adv``: inside exactly, idempotent, identity inside."""
@@ -137,7 +136,7 @@ class Threat:
             fused: draw and add in one pass where there is a kernel (uniform, linf, float32): the same bits.
         """
         check_choice("start", kind, STARTS)
-        if fused and kind == "uniform" and self._has_kernel(x):
+        if fused and kind == "uniform" and self.norm == "linf" and x.dtype == torch.float32:
             return ops.random_start(
                 x,
                 sample_ids,

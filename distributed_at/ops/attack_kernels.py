@@ -147,23 +147,23 @@ def _(x_adv, clean, grad, eps, step, direction, low, high, mean, std, dtype, cha
 @torch.library.custom_op("distributed_at::l2_step", mutates_args=())
 def l2_step(
     x_adv: torch.Tensor, clean: torch.Tensor, grad: torch.Tensor, eps: torch.Tensor, step: torch.Tensor,
-    direction: float, floor: float, low: float, high: float,
+    direction: float, low: float, high: float,
 ) -> torch.Tensor:  # fmt: skip
-    return reference.l2_step(x_adv, clean, grad, eps, step, direction, floor, (low, high)).contiguous(
+    return reference.l2_step(x_adv, clean, grad, eps, step, direction, low, high).contiguous(
         memory_format=_memory_format(x_adv)
     )
 
 
 @l2_step.register_fake
-def _(x_adv, clean, grad, eps, step, direction, floor, low, high):
+def _(x_adv, clean, grad, eps, step, direction, low, high):
     return _empty(x_adv)
 
 
 @l2_step.register_kernel(("cpu", "cuda"))
-def _(x_adv, clean, grad, eps, step, direction, floor, low, high):
+def _(x_adv, clean, grad, eps, step, direction, low, high):
     kernels = build.library(_backend(x_adv))
     if kernels is None:
-        return l2_step._init_fn(x_adv, clean, grad, eps, step, direction, floor, low, high)
+        return l2_step._init_fn(x_adv, clean, grad, eps, step, direction, low, high)
     _, (x, c, g) = _same_layout(x_adv, clean, grad)
     out = _empty(x)
     if x.numel() == 0:
@@ -174,8 +174,7 @@ def _(x_adv, clean, grad, eps, step, direction, floor, low, high):
         kernels.dat_cuda_l2_scratch.restype = ctypes.c_int64
         sums = torch.empty(kernels.dat_cuda_l2_scratch(*shape), dtype=torch.float64, device=x.device)
         scratch = (_address(sums),)
-    shared = (_address(x), *_typed(c), *_typed(g), _address(eps), _address(step), *_floats(direction), ctypes.c_double(floor),
-              *_floats(low, high))  # fmt: skip
+    shared = (_address(x), *_typed(c), *_typed(g), _address(eps), _address(step), *_floats(direction, low, high))
     _call("l2_step", x, _address(out), *scratch, *shared, *shape)
     return out
 

@@ -114,24 +114,25 @@ def l2_step(
     eps: Scalar,
     step: Scalar,
     direction: float,
-    floor: float = 1e-10,
     box: Box = (0.0, 1.0),
 ) -> torch.Tensor:
-    """Move by ``step`` along grad / (||grad||_2 + floor) of each sample, project on the l2 ball, then on the box.
+    """Move by ``step`` along grad / ||grad||_2 of each sample, project on the l2 ball, then on the box.
 
-    The step is Pang et al.'s ("Bag of Tricks for AT", attack_pgd). Norms are summed in double in an order that depends
-    on the shape alone, so that repeated calls give the same bits whatever the threads. A NaN in the gradient counts as
-    0 and an infinity as the largest float32, so that the direction stays finite. A point inside the ball is not moved
-    by the projection, and the box comes last: it can only bring a point nearer to a clean image inside the box.
+    The step of Pang et al. ("Bag of Tricks for AT", attack_pgd) without the 1e-10 that their code adds to the norm: a
+    zero gradient makes no step by definition. A NaN in the gradient counts as 0 and an infinity as the largest float32,
+    so that the direction stays finite. A point inside the ball is not moved by the projection; the box comes last, and
+    can only bring a point nearer to a clean image inside the box. Ball and box hold exactly.
 
-    Arguments, result and errors are those of ``linf_step``; ``eps`` is the l2 radius and ``floor`` what is added to a
-    gradient's norm (with 0, a zero gradient makes no step).
+    Norms are summed in float64, in an order that depends on the shape alone, so that repeated calls give the same bits
+    whatever the threads. Implementations differ in that order: their results agree to 2^-22.
+
+    Arguments, result and errors are those of ``linf_step``; ``eps`` is the l2 radius and ``step`` the l2 length.
     """
     _check(x_adv, clean, grad, direction)
     scalars = _radius(eps, x_adv), _scalar(step, x_adv)
     if _plain(x_adv):
-        return reference.l2_step(x_adv, clean, grad, *scalars, direction, floor, box)
-    return kernels.l2_step(x_adv, clean, grad, *scalars, direction, floor, *map(float, box))
+        return reference.l2_step(x_adv, clean, grad, *scalars, direction, *box)
+    return kernels.l2_step(x_adv, clean, grad, *scalars, direction, *map(float, box))
 
 
 def random_start(

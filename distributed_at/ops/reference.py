@@ -72,10 +72,36 @@ def normalise(
     return out
 
 
-def _norms(values: torch.Tensor) -> torch.Tensor:
-    """Return the l2 norm of each sample in float64, shaped to broadcast."""
+def l2_norms(values: torch.Tensor) -> torch.Tensor:
+    """Return the l2 norm of each sample in float64, shaped to broadcast over (N, ...)."""
     flat = values.reshape(values.shape[0], math.prod(values.shape[1:])).double()
     return flat.square().sum(dim=1).sqrt().view(-1, *([1] * (values.dim() - 1)))
+
+
+def finite_gradient(grad: torch.Tensor) -> torch.Tensor:
+    """Return ``grad`` in float64 with NaN as 0 and infinities as the largest float32, so that it has a norm."""
+    largest = torch.finfo(torch.float32).max
+    return torch.nan_to_num(grad.double(), 0.0, largest, -largest).clamp(-largest, largest)
+
+
+def l2_project(
+    x: torch.Tensor, clean: torch.Tensor, eps: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor
+) -> torch.Tensor:
+    """Return x (N, ...) scaled into the l2 ball around ``clean``, rounded towards it, then clipped to [low, high].
+
+    A sample inside the ball is returned unchanged, and one whose norm is NaN too. Clipping cannot leave the ball, as the
+    clean image is in the box.
+    """
+    delta = x.double() - clean.double()
+    norms = l2_norms(delta)
+    outside = norms > eps
+    # the norm and the product round; this margin keeps the product inside
+    margin = max(4.0 * torch.finfo(torch.float32).eps if x.dtype == torch.float32 else 0.0, 1e-12)
+    scaled = eps.double() * (1.0 - margin) / torch.where(outside, norms, 1.0) * delta
+    near = (clean.double() + scaled).to(x.dtype)
+    too_far = (near.double() - clean.double()).abs() > scaled.abs()
+    near = torch.where(too_far, torch.nextafter(near, clean.to(x.dtype)), near)
+    return torch.clamp(torch.where(outside, near, x), low, high) + 0.0
 
 
 def l2_step(
@@ -85,25 +111,15 @@ def l2_step(
     eps: torch.Tensor,
     step: torch.Tensor,
     direction: float,
-    floor: float,
-    box: tuple[float, float],
+    low: float | torch.Tensor,
+    high: float | torch.Tensor,
 ) -> torch.Tensor:
     """See ``ops.l2_step``; ``eps`` and ``step`` are 0-dim tensors."""
-    clean = as_pixels(clean)
-    largest = torch.finfo(torch.float32).max
-    finite = torch.nan_to_num(grad.double(), 0.0, largest, -largest).clamp(-largest, largest)
-    divisor = _norms(finite) + floor
-    scale = torch.where(divisor > 0, (direction * step.double()) / torch.where(divisor > 0, divisor, 1.0), 0.0)
+    finite = finite_gradient(grad)
+    norms = l2_norms(finite)
+    scale = torch.where(norms > 0, (direction * step.double()) / torch.where(norms > 0, norms, 1.0), 0.0)
     moved = x_adv - (finite * scale).to(x_adv.dtype)
-    delta = moved.double() - clean.double()
-    norm = _norms(delta)
-    outside = norm > eps
-    ratio = eps.double() * (1.0 - 4.0 * torch.finfo(torch.float32).eps) / torch.where(outside, norm, 1.0)
-    scaled = ratio * delta
-    near = (clean.double() + scaled).to(x_adv.dtype)
-    too_far = (near.double() - clean.double()).abs() > scaled.abs()
-    near = torch.where(too_far, torch.nextafter(near, clean.to(x_adv.dtype)), near)
-    return torch.clamp(torch.where(outside, near, moved), box[0], box[1]) + 0.0
+    return l2_project(moved, as_pixels(clean), eps, low, high)
 
 
 def random_start(

@@ -5,6 +5,9 @@ from tests.conformance.product import Mutation
 PGD, BALLS, THREAT = "attacks/pgd.py", "attacks/balls.py", "attacks/threat.py"
 ITERATION, LOSSES, TARGETS = "attacks/iteration.py", "attacks/losses.py", "attacks/targets.py"
 
+_L2_STEP = (
+    "    return reference.l2_step(adv, bounds.center, grad, bounds.eps, step_size, -1.0, bounds.lower, bounds.upper)\n"
+)
 _GRADIENT = "        (grad,) = torch.autograd.grad(total, image)\n"
 _STEP = "            adv, logits = iterate(adv, step_size, bounds, goal)\n"
 _CHOICE = "            self.target, y, classes or 0, seed=seed, epoch=epoch, sample_ids=sample_ids, logits=clean\n"
@@ -156,9 +159,8 @@ MUTATIONS = [
         "return Bounds(down, up, x, eps)", "box_holds_exactly",
     ),
     Mutation(
-        "box clip missing after an L2 step", BALLS,
-        "return torch.clamp(torch.where(_per_sample(inside, adv), adv, moved), bounds.lower, bounds.upper)",
-        "return torch.where(_per_sample(inside, adv), adv, moved)", "box_holds_exactly",
+        "box clip missing after an L2 step", BALLS, _L2_STEP,
+        _L2_STEP.replace("bounds.lower, bounds.upper", "float('-inf'), float('inf')"), "box_holds_exactly",
     ),
     Mutation(
         "ball projection missing", BALLS, "return torch.minimum(torch.maximum(adv, bounds.lower), bounds.upper)",
@@ -173,9 +175,8 @@ MUTATIONS = [
         _STEP + "            bounds = self.threat.bounds(adv, eps=float(bounds.eps))\n", "radius_of_a_call_is_obeyed",
     ),
     Mutation(
-        "L2 norm over the whole batch", BALLS,
-        "    norms = _per_sample(l2_norms(scaled), grad).to(grad.dtype)\n",
-        "    norms = torch.linalg.vector_norm(scaled)\n", "step_is_the_stated_length",
+        "L2 norm over the whole batch", BALLS, _L2_STEP,
+        "    return l2_project(adv + step_size * grad / grad.norm(), bounds)\n", "step_is_the_stated_length",
     ),
     Mutation(
         "gradient used without its sign", BALLS,
@@ -183,9 +184,9 @@ MUTATIONS = [
         "step_is_the_stated_length",
     ),
     Mutation(
-        "NaN gradient spreads", BALLS,
-        "    finite = torch.nan_to_num(grad, nan=0.0, posinf=largest_finite, neginf=-largest_finite)\n",
-        "    finite = grad\n", "nan_gradient_moves_nothing",
+        "NaN gradient spreads", BALLS, _L2_STEP,
+        "    unit = torch.nn.functional.normalize(grad.flatten(1)).view_as(grad)\n"
+        "    return l2_project(adv + step_size * unit, bounds)\n", "nan_gradient_moves_nothing",
     ),
     Mutation(
         "eps in grey levels", PGD, "threat=Threat(config.norm, config.eps / 255.0)",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from distributed_at import ops, rng
 from distributed_at.attacks import balls
 from distributed_at.attacks.threat import Threat
-from distributed_at.ops import attack_kernels, build, reference
+from distributed_at.ops import attack_kernels, attack_step, build, reference
 from tests.unit.ops_cases import LAYOUTS, lay_out, same_bits, step_inputs
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -125,14 +125,14 @@ def test_sixteen_bit_output_rounds_every_value_as_torch_does():
 
 
 @needs_compiler
-@given(step_inputs(), st.sampled_from([0.0, 1e-10]))
+@given(step_inputs(), st.sampled_from([1, -1]))
 @QUICK
-def test_l2_kernel_agrees_with_the_reference(inputs, floor):
+def test_l2_kernel_agrees_with_the_reference(inputs, direction):
     x_adv, clean, grad, eps, step = inputs
     x_adv = torch.nan_to_num(x_adv)
     eps_tensor, step_tensor = scalars(4 * eps, 4 * step)
-    got = ops.l2_step(x_adv, clean, grad, eps=eps_tensor, step=step_tensor, direction=-1, floor=floor)
-    want = reference.l2_step(x_adv, clean, grad, eps_tensor, step_tensor, -1, floor, (0.0, 1.0))
+    got = ops.l2_step(x_adv, clean, grad, eps=eps_tensor, step=step_tensor, direction=direction)
+    want = reference.l2_step(x_adv, clean, grad, eps_tensor, step_tensor, direction, 0.0, 1.0)
     torch.testing.assert_close(got, want, rtol=0, atol=2.0**-22)  # sums in another order: the last bits
 
 
@@ -147,14 +147,40 @@ def test_l2_step_never_leaves_ball_or_box_and_stays_finite(inputs):
     assert ((out >= 0) & (out <= 1)).all()
 
 
-@given(step_inputs(special=False, min_batch=1))
+@given(step_inputs(), st.sampled_from([0.0, 0.5, 4.0]))
 @QUICK
-def test_l2_step_with_no_floor_is_the_step_of_the_threat_model(inputs):
+def test_fused_l2_step_of_the_threat_model_is_its_plain_step(inputs, reach):
     x_adv, clean, grad, eps, step = inputs
-    pixels, size = reference.as_pixels(clean), torch.tensor(step, dtype=torch.float32)
-    got = ops.l2_step(x_adv, clean, grad, eps=eps, step=size, direction=-1, floor=0.0)
-    want = Threat(norm="l2", eps=eps).step(x_adv, grad.float(), pixels, size)
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    x_adv, pixels = torch.nan_to_num(x_adv), reference.as_pixels(clean)
+    size = torch.tensor(reach * step, dtype=torch.float32)
+    threat = Threat(norm="l2", eps=reach * eps)
+    bounds = threat.bounds(pixels)
+    fused, plain = (threat.step_into(x_adv, grad.float(), size, bounds, fused=f) for f in (True, False))
+    torch.testing.assert_close(fused, plain, rtol=0, atol=2.0**-22)
+    for out in (fused, plain):
+        norms = (out.double() - pixels.double()).flatten(1).norm(dim=1)
+        assert (norms <= threat.eps).all()
+        assert ((out >= 0) & (out <= 1)).all()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_l2_step_of_nothing_moves_nothing_and_nan_elements_do_not_either(fused):
+    threat = Threat(norm="l2", eps=1.0)
+    x = torch.full((3, 1, 1, 2), 0.5)
+    grad = torch.tensor([[0.0, 0.0], [math.nan, 2.0], [math.nan, math.nan]]).view(3, 1, 1, 2)
+    out = threat.step_into(x, grad, torch.tensor(0.25), threat.bounds(x), fused=fused)
+    assert out.flatten(1).tolist() == [[0.5, 0.5], [0.5, 0.75], [0.5, 0.5]]
+
+
+@needs_compiler
+def test_l2_attack_takes_the_kernel(monkeypatch):
+    calls = []
+    monkeypatch.setattr(attack_step.kernels, "l2_step", lambda x, *_: calls.append(x.shape) or x)
+    x = torch.rand(2, 3, 4, 4)
+    threat = Threat(norm="l2", eps=0.5)
+    for fused in (False, True):
+        threat.step_into(x, x, torch.tensor(0.1), threat.bounds(x), fused=fused)
+    assert calls == [x.shape]
 
 
 @needs_compiler
