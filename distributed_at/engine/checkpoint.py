@@ -380,15 +380,16 @@ class CheckpointManager:
         failures = ranks.failures(attempt(lambda: write_atomically(path, "x" * 4096)) if ranks.is_first else None)
         if not failures:
             own = path.with_name(f"{path.name}-{ranks.rank}")
-            failure = attempt(lambda: write_atomically(own, "x" * 4096))
-            attempt(own.unlink)
-            if failure is None and not path.exists():
+            if path.exists():
+                failure = attempt(lambda: write_atomically(own, "x" * 4096))
+                attempt(own.unlink)
+            else:
                 failure = "does not see what rank 0 wrote; the run folder must be on a file system that all nodes share"
             failures = ranks.failures(failure)
             if ranks.is_first:
                 attempt(path.unlink)
         if failures:
-            raise UserError(f"cannot write checkpoints to {self.root}: {merge(failures)}")
+            raise UserError(f"cannot write checkpoints to {self.root}: {'; '.join(failures[:SHOWN])}")
 
 
 def _fresh_folder(path: Path) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from distributed_at.engine import checkpoint_files as files
 from distributed_at.engine.checkpoint import CheckpointManager
 from distributed_at.engine.checkpoint_shards import FlatShard
-from distributed_at.errors import CheckpointError
+from distributed_at.errors import CheckpointError, UserError
 from tests.distributed import checkpoint_worker as worker
 
 SIZE = 30_011
@@ -107,6 +107,21 @@ def test_refusals_are_the_same_on_all_ranks_and_a_damaged_newest_one_is_skipped_
     first, second = worker.run(tmp_path / "d", 2, load_damaged, root)
     assert first == second
     assert "__0_0.distcp is missing" in first
+
+
+def probe_apart(folder):
+    try:
+        CheckpointManager(folder / str(dist.get_rank())).probe()
+    except UserError as error:
+        return str(error).partition(": ")[2]
+    return "no error"
+
+
+def test_folder_that_ranks_do_not_share_is_found_before_training(tmp_path):
+    first, second = worker.run(tmp_path / "a", 2, probe_apart, tmp_path)
+    assert first == second
+    assert first.startswith("rank 1: does not see what rank 0 wrote")
+    assert not list(tmp_path.glob("*/.probe*"))
 
 
 CHILD = """

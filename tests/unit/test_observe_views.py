@@ -15,7 +15,7 @@ from rich.console import Console
 from distributed_at.evaluation import Ledger, Rows
 from distributed_at.evaluation.rows import COLUMNS
 from distributed_at.observe.console import ConsoleView
-from distributed_at.observe.environment import collect_environment, read_environment, write_environment
+from distributed_at.observe.environment import changes, collect_environment, read_environment, write_environment
 from distributed_at.observe.events import EventLog
 from distributed_at.observe.record import parse_measurement
 from distributed_at.observe.tables import KEYS, compare, compare_rows, evaluation_rows, rows_json
@@ -165,6 +165,20 @@ def test_environment_keeps_earlier_starts_and_no_secret(tmp_path: Path, monkeypa
 
 def test_environment_is_plain_json() -> None:
     assert json.loads(json.dumps(collect_environment(), allow_nan=False))["python"]
+
+
+def test_changes_between_two_starts_are_named():
+    before = {"versions": {"torch": "2.11.0", "wandb": "0.3"}, "git": {"commit": "a" * 40}, "devices": {"kind": "cpu"}}
+    now = {"versions": {"torch": "2.12.0", "triton": "3"}, "git": {"commit": "b" * 40}, "devices": {"kind": "cuda"}}
+    assert changes(before, before) == []
+    assert changes(before, now) == [
+        "torch 2.11.0 -> 2.12.0",
+        "triton absent -> 3",
+        "wandb 0.3 -> absent",
+        f"commit {'a' * 12} -> {'b' * 12}",
+        "devices cpu -> cuda",
+    ]
+    assert changes({"versions": {}, "devices": {"kind": "cpu"}}, {"versions": {}, "devices": {"kind": "cpu"}}) == []
 
 
 def test_views_get_rows_through_the_event_log(tmp_path: Path) -> None:
