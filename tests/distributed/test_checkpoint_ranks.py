@@ -118,6 +118,8 @@ def probe_apart(folder):
 
 
 def test_folder_that_ranks_do_not_share_is_found_before_training(tmp_path):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
     first, second = worker.run(tmp_path / "a", 2, probe_apart, tmp_path)
     assert first == second
     assert first.startswith("rank 1: does not see what rank 0 wrote")
