@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import ClassVar, NoReturn
 
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(f"distributed_at.commands.{args.verb}").run(args)
     except UserError as error:
-        print(f"distributed-at: error: {error}", file=sys.stderr)
+        _tell(f"distributed-at: error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("distributed-at: interrupted", file=sys.stderr)
@@ -91,3 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the reader of a pipe (head, less) has gone; nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:
+        _tell(traceback.format_exc())
+        return 1
+
+
+def _tell(message: str) -> None:
+    """Print a message on stderr without what the environment holds in secret; errors quote addresses and requests."""
+    from distributed_at.observe.secrets import without_secrets
+
+    print(without_secrets(message), file=sys.stderr)

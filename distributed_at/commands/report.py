@@ -28,6 +28,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"report": str(path), "rows": rows})
     else:
-        print_table(table(rows))
+        print_table(table(rows) if rows else "no evaluation yet")
         say(f"report: {path}")
     return 0

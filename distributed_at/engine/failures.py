@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from distributed_at.engine.checkpoint_ranks import first_line
+from distributed_at.observe.secrets import without_secrets
 
 # What gloo, NCCL and the rendezvous store say when another process is gone or silent; gloo raises plain RuntimeErrors.
 _SIGNS = (
@@ -49,7 +50,8 @@ def write_failure(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank_and_host()}\n{traceback.format_exc()}\n")
+            text = without_secrets(traceback.format_exc())
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank_and_host()}\n{text}\n")
     except OSError:
         pass  # the terminal has the message
     return path

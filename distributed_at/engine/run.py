@@ -26,6 +26,7 @@ from distributed_at.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE, UserError
 from distributed_at.observe.console import ConsoleView
 from distributed_at.observe.environment import changes, collect_environment, read_environment, write_environment
 from distributed_at.observe.events import EventLog, View, next_restart
+from distributed_at.observe.secrets import without_secrets
 from distributed_at.observe.wandb import WandbView
 
 
@@ -74,7 +75,7 @@ def run_worker(config: RunConfig, folder: RunFolder, *, fresh: bool = False, qui
             )
         else:
             code, told = 1, traceback.format_exc()
-    print(told, file=sys.stderr, flush=True)
+    print(without_secrets(told), file=sys.stderr, flush=True)
     sys.stdout.flush()
     logging.shutdown()
     os._exit(code)

@@ -41,6 +41,11 @@ def redact_text(text: str, secrets: tuple[str, ...] = ()) -> str:
     return _URL_LOGIN.sub(rf"\1{REDACTED}@", text)
 
 
+def without_secrets(text: str) -> str:
+    """Return a message or a traceback without what the process's environment holds in secret."""
+    return redact_text(text, secret_values())
+
+
 def redact(value: Any, secrets: tuple[str, ...] | None = None) -> Any:
     """Return ``value`` (mappings, lists, strings, numbers) with every recognised secret replaced.
 
