@@ -1,7 +1,7 @@
 """Run one evaluation: shard the samples, attack, keep every row, return the same numbers on every rank.
 
 The number does not depend on world size, batch size, or on how often the job was stopped. Which attack runs is
-``protocol.py``; what the numbers mean together is ``cascade.py`` and ``verdicts.py``.
+``protocol.py``; what the numbers mean together is ``worst_case.py`` and ``verdicts.py``.
 """
 
 from __future__ import annotations
