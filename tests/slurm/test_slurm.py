@@ -159,6 +159,9 @@ def test_time_limit_is_met_with_a_checkpoint_and_a_requeue(cluster, tmp_path):
     # one minute is the shortest limit, and SLURM may send the signal at any second of it
     options = ("--nodes=2", "--ntasks-per-node=1", "--time=1", "--signal=B:USR1@20")
     job = start(cluster, folder, *options, recipe=recipe)
+    cluster.wait_restarts(job, 1)
+    # one limit is enough: on a busy machine a minute is hardly longer than the start
+    cluster.command("scontrol", "update", f"jobid={job}", "timelimit=30")
     cluster.ends(job, seconds=900)
     assert int(cluster.field(job, "Restarts")) >= 1
     assert "SIGUSR1: time is nearly up" in cluster.output(job)
