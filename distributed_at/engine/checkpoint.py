@@ -199,8 +199,8 @@ class CheckpointManager:
 
     @property
     def retry_is_due(self) -> bool:
-        """Whether the newest save failed and the wait after it is over, by this rank's clock."""
-        return self._failures_in_row > 0 and time.monotonic() >= self._next_try
+        """Whether the newest save failed, the wait after it is over by this rank's clock, and none is under way."""
+        return self._failures_in_row > 0 and self._thread is None and time.monotonic() >= self._next_try
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._on_event is not None and self.ranks.is_first:

@@ -251,6 +251,22 @@ def test_after_a_failure_saves_wait_unless_forced(tmp_path):
     assert [f.get("code") for _, f in events] == ["checkpoint_failed", "checkpoint_postponed", None, None]
 
 
+def test_a_failed_save_asks_to_be_repeated_once_its_wait_is_over_and_not_while_one_is_under_way(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    patient, quick = (manager(blocked / "checkpoints", retry_seconds=seconds) for seconds in (60.0, 0.0))
+    assert not quick.retry_is_due
+    assert patient.save(1, state(1), {}).failures
+    assert quick.save(1, state(1), {}).failures
+    assert not patient.retry_is_due
+    assert quick.retry_is_due
+    blocked.unlink()
+    assert quick.save(2, state(1), {}, asynchronous=True) is None
+    assert not quick.retry_is_due
+    assert quick.wait().ok
+    assert not quick.retry_is_due
+
+
 def test_an_unwritable_folder_is_found_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write checkpoints"):
