@@ -96,7 +96,8 @@ def _index(args: argparse.Namespace) -> int:
     if args.threads < 0:
         raise ConfigError(f"--threads must be at least 0, got {args.threads}")
     verify = args.action == "verify"
-    rows, damaged, seen = [], False, {}
+    rows, damaged = [], False
+    seen: dict[bytes, str] = {}
     for name, folder in split_folders(args.folder, args.split).items():
         index = survey(folder, num_threads=args.threads, verify=verify, progress=_progress(name))
         gone, new = _changes(index) if verify else ([], [])

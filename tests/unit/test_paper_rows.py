@@ -38,21 +38,25 @@ def test_rows_of_figures_carry_the_numbers_of_table_7(entries):
 
 def test_every_row_passes_plan_at_its_full_world_size(entries, capsys):
     """128 workers of 32 images hold the batch of 4096; Table 3 begins with 48 GPUs, Tables 6 and 7 scale with the batch."""
-    rows = [e for e in entries if e.paper.title == TITLE and e.paper.table.startswith("Table")]
     statistics = measure_model(load_recipe("imagenet/xie_yuille/base").config)  # networks are built by another test
-    at_128, at_own = [], []
-    for entry in rows:
+    at_128, at_own = Counter(), {}
+    for entry in (e for e in entries if e.paper.title == TITLE and e.paper.table.startswith(("Table", "Figure"))):
         config = load_recipe(entry.ref).config
         own = config.train.batch_size // IMAGES_A_GPU
-        at_own.append(make_plan(config, world_size=own, statistics=statistics).world_size)
+        planned = make_plan(config, world_size=own, statistics=statistics).world_size
+        at_own.setdefault(entry.paper.table, Counter())[planned] += 1
         if config.train.batch_size % (128 * IMAGES_A_GPU) == 0 or (128 * IMAGES_A_GPU) % config.train.batch_size == 0:
-            at_128.append(make_plan(config, world_size=128, statistics=statistics).world_size)
-    number = sum(map(len, printed().values()))
+            assert make_plan(config, world_size=128, statistics=statistics).world_size == 128
+            at_128[entry.paper.table] += 1
+    expected = {table: len(rows) for table, rows in printed().items()} | CURVES
     with capsys.disabled():
-        print(
-            f"\n{number} rows in Tables 1 to 7; {len(at_own)} recipes pass plan at their row's number of GPUs, "
-            f"{len(at_128)} of them at 128 workers (the other {len(rows) - len(at_128)} are Table 3's rows of 48 GPUs)"
-        )
-    assert len(rows) == len(at_own) == number == 113
-    assert len(rows) - len(at_128) == 5
-    assert Counter(at_own) == {128: 100, 48: 5, 16: 2, 32: 2, 64: 2, 256: 2}
+        print("\n            printed  pass plan at their own world size  pass it at 128 workers")
+        for table, number in sorted(expected.items(), key=lambda item: (item[0].startswith("F"), item[0])):
+            print(f"  {table:9} {number:7}  {sum(at_own[table].values()):33}  {at_128[table]:22}")
+    assert {table: sum(counts.values()) for table, counts in at_own.items()} == expected
+    assert sum(len(rows) for rows in printed().values()) == 113
+    assert {table: expected[table] - at_128[table] for table in expected if expected[table] != at_128[table]} == {
+        "Table 3": 5  # of 48 GPUs
+    }
+    tables = sum((counts for table, counts in at_own.items() if table.startswith("Table")), Counter())
+    assert tables == {128: 100, 48: 5, 16: 2, 32: 2, 64: 2, 256: 2}

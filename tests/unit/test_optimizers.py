@@ -1,0 +1,110 @@
+"""Optimisers as a recipe names them; NVIDIA apex's, through a stand-in with its signature, and the package that has its name."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from distributed_at.config import OptimizerConfig
+from distributed_at.engine.optimizers import build_optimizer
+from distributed_at.errors import ConfigError
+
+
+class FusedSGD(torch.optim.SGD):
+    """The signature of NVIDIA apex's ``apex.optimizers.FusedSGD``; like it, it takes no momentum by position alone."""
+
+    def __init__(
+        self,
+        params,
+        lr,
+        momentum=0.0,
+        dampening=0.0,
+        weight_decay=0.0,
+        nesterov=False,
+        wd_after_momentum=False,
+        materialize_master_grads=True,
+        set_grad_none=False,
+    ):
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        assert not wd_after_momentum, "weight decay is added to the gradient, before the momentum"
+        assert materialize_master_grads
+        assert not set_grad_none
+        super().__init__(
+            params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov
+        )
+
+
+@pytest.fixture
+def nvidia_apex(monkeypatch):
+    package, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
+    optimizers.FusedSGD = FusedSGD
+    package.optimizers = optimizers
+    package.__path__ = []
+    monkeypatch.setitem(sys.modules, "apex", package)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+
+
+def _network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 5)
+    )
+
+
+def _config(backend, **options):
+    values = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2} | options
+    return OptimizerConfig(backend=backend, weight_decay_rule="kernels", **values)
+
+
+def _trained(backend, steps=4):
+    network = _network()
+    optimizer = build_optimizer(_config(backend), network, lr=0.05)
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.05 / (step + 1)  # as schedules.py does
+        optimizer.zero_grad()
+        network(images).square().mean().backward()
+        optimizer.step()
+    return optimizer, network.state_dict()
+
+
+def test_apex_is_built_from_the_recipe_and_steps_like_torch(nvidia_apex):
+    optimizer, weights = _trained("apex")
+    assert type(optimizer) is FusedSGD
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-2, 0.0]  # kernels, and the rest
+    assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
+    assert all(group["nesterov"] for group in optimizer.param_groups)
+    expected_optimizer, expected = _trained("torch")
+    assert type(expected_optimizer) is torch.optim.SGD
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_absent_apex_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(ConfigError, match=r"needs NVIDIA apex built from source.*or write optimizer\.backend: torch"):
+        build_optimizer(_config("apex"), _network(), lr=0.1)
+
+
+def test_the_other_package_named_apex_is_named_in_the_error(monkeypatch, tmp_path):
+    """The one on the Python package index: an authentication toolkit for the web framework Pyramid."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("from apex.lib import create_user\n")
+    (tmp_path / "apex" / "lib.py").write_text("def create_user(**values): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("apex", "apex.lib", "apex.optimizers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ConfigError) as caught:
+        build_optimizer(_config("apex"), _network(), lr=0.1)
+    for name in ("apex", "apex.lib"):
+        sys.modules.pop(name, None)
+    message = str(caught.value)
+    assert str(tmp_path / "apex" / "__init__.py") in message
+    assert "is not NVIDIA apex: the package of that name on the Python index is unrelated" in message
+    assert "pip uninstall apex" in message
+
+
+def test_apex_offers_sgd_alone():
+    with pytest.raises(ValueError, match="backend apex offers sgd, got adam"):
+        _config("apex", name="adam", nesterov=False)
