@@ -7,12 +7,14 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 from PIL import Image
 
 from distributed_at.engine.checkpoint_files import step_name
+from distributed_at.engine.nonfinite import NonfiniteGuard
 from distributed_at.errors import EXIT_DIVERGED, EXIT_OK
 from distributed_at.objectives.pgd_at import PgdAt
 from tests.faults.faults import INTERVAL, SAVING, SILENT, Bench, Seen, fault, log_lines
@@ -39,6 +41,20 @@ def loss_times(factor: float, steps: Sequence[int]) -> contextlib.AbstractContex
 def nan_at(*steps: int) -> contextlib.AbstractContextManager[object]:
     """Make the loss of these optimiser steps NaN."""
     return loss_times(float("nan"), steps)
+
+
+def _as_without_step(bench: Bench, step: int, words: Sequence[str]) -> bool:
+    """Whether the run ended bitwise as one that passes over this step from the beginning."""
+    real = NonfiniteGuard.__init__
+
+    def knowing(self: NonfiniteGuard, *arguments: Any, **options: Any) -> None:
+        real(self, *arguments, **options)
+        self.skipped.add(step)
+
+    without = bench.folder.parent / "without"
+    with mock.patch.object(NonfiniteGuard, "__init__", knowing):
+        assert train(without, [*SAVING, *words]) == EXIT_OK
+    return state_digest(without) == state_digest(bench.folder)
 
 
 def _nonfinite(bench: Bench) -> str:
@@ -78,6 +94,7 @@ def _nan_rolled_back(bench: Bench) -> Seen:
     assert back["step"] == 4
     assert train(whole, [*SAVING, *ROLLBACK]) == EXIT_OK  # sound again, but the step stays passed over
     assert state_digest(whole) == state_digest(bench.folder)
+    assert _as_without_step(bench, 5, ROLLBACK)
     assert not bench.as_undisturbed(words=ROLLBACK)
     message = f"{_nonfinite(bench)}; rollback: from step {back['from_step']} to {back['step']}"
     return Seen(message, str(code), back["from_step"] - back["step"] - 1, WITHOUT_THE_STEP)
@@ -101,6 +118,7 @@ def _jump(bench: Bench) -> Seen:
         code, _ = bench.train(words=words)
     assert code == EXIT_OK
     assert [row["what"] for row in bench.events("nonfinite")] == ["jump of the loss"]
+    assert _as_without_step(bench, 11, words)
     back = bench.events("rollback")[0]
     return Seen(_nonfinite(bench), str(code), back["from_step"] - back["step"] - 1, WITHOUT_THE_STEP)
 

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -78,7 +78,10 @@ def _killed(at: At, words: tuple[str, ...] = ()):
         if at.rank is not None:
             assert "lost another rank" in message
             assert (bench.folder / "log" / f"failure-rank{1 - at.rank}.txt").exists()
-        return bench.goes_on(message, by_rank(start), world_size=2, words=words)
+        seen = bench.goes_on(message, by_rank(start), world_size=2, words=words)
+        # with rank 0 died the holder of the lock, which the next start names
+        left = bench.plain(bench.warning("lock_taken_over")) if at.rank != 1 else ""
+        return replace(seen, message=left) if at.rank is None else seen
 
     return plant
 

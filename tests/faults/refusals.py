@@ -101,4 +101,4 @@ def _fewer(bench: Bench) -> Seen:
     assert [row["step"] for row in own] == [row["step"] for row in whole]
     largest = max(abs(a["loss"] - b["loss"]) for a, b in zip(own, whole, strict=True))
     assert largest < LOSS_TOLERANCE
-    return Seen(SILENT, str(code), 0, f"same samples, views and starts; losses within {LOSS_TOLERANCE:g}")
+    return Seen(SILENT, str(code), 0, f"losses of all steps within {LOSS_TOLERANCE:g} of the undisturbed run")
