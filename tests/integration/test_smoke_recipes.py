@@ -34,8 +34,12 @@ def folder(tmp_path_factory):
 
 
 def _load(row, folder, *overrides):
+    return _recipe(f"{TABLE}#{row}", folder, *overrides)
+
+
+def _recipe(ref, folder, *overrides):
     return load_recipe(
-        f"{TABLE}#{row}",
+        ref,
         [
             f"data.path={folder}",
             "data.backend=pil",
@@ -64,6 +68,18 @@ def test_strategy_trains_on_real_files(row, folder, tmp_path):
     assert kernels
     assert not any(same_bits(first[n], last[n]) for n in kernels)
     _statistics_are_those_of_the_strategy(config, first, last)
+
+
+def test_smoke_recipe_trains_as_it_is_written(folder, tmp_path):
+    """The whole recipe of the paper on a narrow ResNet-50: PGD-30, colour jitter, groups of batch norm."""
+    config = _recipe("imagenet/smoke.yaml", folder)
+    assert (config.attack.num_steps, config.data.image_size, sum(config.model.blocks)) == (30, 64, 16)
+    assert config.data.augment.colour_jitter
+    run = train(config, tmp_path / "run")
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "train"] == [1, 2]
+    assert all(math.isfinite(e["adv_loss"]) for e in events if e["event"] == "train")
+    assert events[-1]["reason"] == "finished"
 
 
 def _terms_are_those_of_the_strategy(config, event):
