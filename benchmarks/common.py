@@ -132,6 +132,27 @@ def compare(
     )
 
 
+class NoCheckpoints:
+    """In place of a trainer's checkpoints: nothing is resumed and nothing saved."""
+
+    failure: str | None = None
+
+    def resume(self, trainer: object) -> bool:
+        """Say that there was nothing to resume."""
+        return False
+
+    def save_if_due(self, trainer: object, **_: bool) -> bool:
+        """Say that all is well with the weights."""
+        return True
+
+    def asks(self) -> bool:
+        """Ask for no save."""
+        return False
+
+    def wait(self) -> None:
+        """Have nothing to wait for."""
+
+
 def command_line() -> str:
     """Return the command that another reader types in the repository's root."""
     script = Path(sys.argv[0]).resolve()

@@ -61,26 +61,11 @@ def bare(network: nn.Module, parts: Parts, steps: int) -> None:
     ahead.close()
 
 
-class _NoCheckpoints:
-    """Nothing is resumed and nothing saved."""
-
-    failure: Exception | None = None
-
-    def resume(self, trainer: Trainer) -> bool:
-        return False
-
-    def save_if_due(self, trainer: Trainer, *, force: bool) -> bool:
-        return True
-
-    def wait(self) -> None:
-        return None
-
-
 def engine(parts: Parts, steps: int, folder: Path) -> None:
     """Train with the trainer's loop, from step 0 with the weights as they are."""
     parts.total_steps = steps
     with EventLog(folder) as events:
-        Trainer(parts, _NoCheckpoints(), None, events).run()  # type: ignore[arg-type]
+        Trainer(parts, common.NoCheckpoints(), None, events).run()  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -3,26 +3,52 @@
     python -m benchmarks.gpu [--minutes 9] [--only SECTION ...] [--out FOLDER]
     python -m benchmarks.gpu --device cpu      dry run on tiny networks; the numbers then mean nothing
 
-Needs torch >= 2.11 with CUDA and pydantic; nothing else. Predictions are those of a roofline model of an H200, made
-before any measurement (docs/performance.md). A section that fails or finds no time says why and the rest goes on.
+Needs torch >= 2.11 with CUDA, and pydantic; triton and nvcc for what they compile, pytest for the tests. Predictions are
+those of a roofline model of an H200, made before any measurement (docs/performance.md). Sections come in the order of
+their weight. One that fails, or takes more than its share, says why and the rest goes on; at the end of the time the table
+is printed with what there is, whatever still runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import attack_ladder, common, rungs
+try:
+    from benchmarks import attack_ladder, common, rungs
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"this Python has no module {missing.name!r}, without which nothing here runs. Where there is no network: "
+        "pip install --target FOLDER pydantic on another machine with the same Python, then PYTHONPATH=FOLDER make gpu"
+    ) from None
+from distributed_at.attacks.losses import Goal
+from distributed_at.engine.compiled_attack import StaticIteration
+from distributed_at.engine.twin import Twin
+
+GPU_TEST_SECONDS = 120.0
+END_SECONDS = 25.0  # kept for the table and for what cannot be interrupted at once
+
+
+class TimeUpError(BaseException):
+    """A section's time is over. Not an Exception, so that nothing between takes it for a failure of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +100,9 @@ class Session:
         x, y = rungs.batch(model, 4 if self.tiny else count, size, self.device)
         return rungs.Setting(model, x, y, dtype, self.device)
 
-    def seconds(self, function: Callable[[], object], repeats: int = 10) -> float:
-        """Return the median time of one call after two unmeasured ones."""
-        for _ in range(2):
+    def seconds(self, function: Callable[[], object], repeats: int = 10, warm_up: int = 2) -> float:
+        """Return the median time of one call after unmeasured ones."""
+        for _ in range(warm_up):
             function()
         cuda = self.device == "cuda"
         times = sorted(common._seconds(function, 1, cuda) for _ in range(3 if self.tiny else repeats))
@@ -109,13 +135,6 @@ def attack_resnet50(session: Session) -> None:
     ladder(session, "resnet50", {"backward": 160, "grad": 125, "compiled": 81}, list(rungs.RUNGS[:-1]), 256)
 
 
-def attack_resnet152(session: Session) -> None:
-    ladder(
-        session, "resnet152", {"backward": 379, "grad": 285, "compiled": 186},
-        ["backward", "grad", "folded", "compiled"], 256,
-    )  # fmt: skip
-
-
 def small_batches(session: Session) -> None:
     """Where the host is the slower side: plain against graphed at 8 and 32 images."""
     for count in (8, 32):
@@ -131,9 +150,6 @@ def small_batches(session: Session) -> None:
 
 
 def _graph_only(setting: rungs.Setting):
-    from distributed_at.engine.compiled_attack import StaticIteration
-    from distributed_at.engine.twin import Twin
-
     twin = Twin(setting.model, bn_mode="eval", dtype=setting.dtype)
     return StaticIteration(
         rungs.attack(1, dtype=setting.dtype), twin, batch_size=len(setting.x), use_compiler=False, use_graph=True
@@ -141,21 +157,18 @@ def _graph_only(setting: rungs.Setting):
 
 
 def _inputs(setting: rungs.Setting):
-    from distributed_at.attacks.losses import Goal
-
     step = torch.full((), rungs.STEP, device=setting.x.device)
     return Goal(labels=setting.y), rungs.attack(1, dtype=setting.dtype).threat.bounds(setting.x), step
 
 
-def training_step(setting: rungs.Setting, *, compiled: bool) -> Callable[[torch.Tensor], None]:
+def training_step(setting: rungs.Setting) -> Callable[[torch.Tensor], None]:
     """Return one clean training step in 16 bits under autocast, channels-last, SGD."""
     model = setting.model.to(memory_format=torch.channels_last).train()
-    sgd = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    forward = torch.compile(model) if compiled else model
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)  # the weights that are attacked stay
 
     def step(x: torch.Tensor) -> None:
         with torch.autocast(setting.device, dtype=torch.bfloat16):
-            logits = forward(x)
+            logits = model(x)
         F.cross_entropy(logits.float(), setting.y).backward()
         sgd.step()
         sgd.zero_grad()
@@ -164,43 +177,125 @@ def training_step(setting: rungs.Setting, *, compiled: bool) -> Callable[[torch.
 
 
 def clean_training(session: Session) -> None:
-    predicted = {("resnet50", False): 5800.0, ("resnet152", False): 2500.0}
-    for arch in ("resnet50",) if session.tiny else ("resnet50", "resnet152"):
+    """One clean training step, the anchor that public figures give."""
+    for arch, predicted in (("resnet50", 5800.0), ("resnet152", 2500.0))[: 1 if session.tiny else 2]:
         setting = session.setting(arch, 256)
-        step = training_step(setting, compiled=False)
+        step = training_step(setting)
         seconds = session.seconds(lambda s=step, x=setting.x: s(x))
-        session.add(
-            "clean training bf16", f"{arch}, eager", len(setting.x) / seconds, "img/s",
-            predicted=predicted.get((arch, False)),
-        )  # fmt: skip
+        session.add("clean training bf16", f"{arch}, eager", len(setting.x) / seconds, "img/s", predicted=predicted)
+
+
+def compile_times(session: Session) -> None:
+    """What a cold compilation costs, whole and by regions; the iteration's time of each after it."""
+    whole = [("resnet50", False), ("resnet50", True)]
+    for arch, regional in whole[: 1 if session.tiny else 2]:
+        setting = session.setting(arch, 64)
+        twin = Twin(setting.model, bn_mode="eval", dtype=setting.dtype)
+        name = f"{arch}, {'by regions' if regional else 'whole'}"
+        with _cold_cache():
+            iteration = StaticIteration(
+                rungs.attack(1, dtype=setting.dtype),
+                twin,
+                batch_size=len(setting.x),
+                use_compiler=True,
+                regional=regional,
+            )
+            started = time.monotonic()
+            setting.perturb(iteration, 1)
+            session.add("compilation, cold", name, time.monotonic() - started, "s", note=_form(iteration))
+        goal, bounds, step = _inputs(setting)
+        with torch.no_grad():
+            seconds = session.seconds(lambda i=iteration, b=bounds, g=goal, s=step, x=setting.x: i(x, s, b, g))
+        session.add("compilation, cold", f"{name}, an iteration then", 1e6 * seconds / len(setting.x), "µs/img/it")
+
+
+@contextlib.contextmanager
+def _cold_cache() -> Iterator[None]:
+    """Let the compiler find nothing of earlier calls."""
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+            if before is not None:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+
+
+def gpu_tests(session: Session) -> None:
+    """The tests that need a GPU, in a process of their own."""
+    if importlib.util.find_spec("pytest") is None:
+        session.add("tests/gpu", "skipped", None, "", note="this Python has no pytest")
+        return
+    root = Path(__file__).resolve().parent.parent
+    words = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", "-p", "no:cacheprovider", "tests/gpu"]
+    limit = max(10.0, min(GPU_TEST_SECONDS, session.ends - time.monotonic()) - 5.0)
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(words, cwd=root, stdout=told, stderr=subprocess.STDOUT)
+        try:
+            ended = f"exit code {process.wait(timeout=limit)}"
+        except subprocess.TimeoutExpired:
+            ended = f"stopped after {limit:.0f} s"
+        finally:
+            process.kill()
+            process.wait()
+        told.seek(0)
+        text = told.read()
+    session.details["tests"] = text[-12000:]
+    verdicts = re.findall(r"^tests/gpu/\S+ .*?(PASSED|FAILED|ERROR|SKIPPED)", text, flags=re.MULTILINE)
+    for what in ("PASSED", "FAILED", "ERROR", "SKIPPED"):
+        expected = 0.0 if what in ("FAILED", "ERROR") else None
+        if what in verdicts or expected is not None:
+            session.add("tests/gpu", what.lower(), verdicts.count(what), "tests", predicted=expected, note=ended)
+    for name in re.findall(r"^FAILED tests/gpu/(\S+)", text, flags=re.MULTILINE):
+        session.add("tests/gpu", "failed", None, "", note=name[:120])
 
 
 def pgd30(session: Session) -> None:
-    """The whole PGD-30 training step of ResNet-152: attack, training step, images a second."""
+    """The whole PGD-30 training step of ResNet-152: attack, training step, images a second.
+
+    The good eager loop comes first: the others must reach its loss.
+    """
     setting = session.setting("resnet152", 256)
     steps = 2 if session.tiny else 30
-    rates = {}
-    for name, predicted in (("backward", 87.0), ("grad", 112.0), ("compiled", 170.0)):
-        iteration = setting.iteration(name)
-        setting.perturb(iteration, 1)
-        attack = session.seconds(lambda i=iteration: setting.perturb(i, steps), repeats=2)
-        rates[name] = attack, predicted
-    step = training_step(setting, compiled=False)
+    section = f"PGD-{steps} resnet152 b256 bf16"
+    step = training_step(setting)
     training = session.seconds(lambda: step(setting.x), repeats=4)
-    for name, (attack, predicted) in rates.items():
-        rate = len(setting.x) / (attack + training)
-        note = f"attack {100 * attack / (attack + training):.0f} % of the step"
-        session.add(f"PGD-{steps} resnet152 b256 bf16", name, rate, "img/s", predicted=predicted, note=note)
-    ratio = rates["grad"][0] / rates["compiled"][0]
-    session.add(f"PGD-{steps} resnet152 b256 bf16", "compiled over good eager", ratio, "x", predicted=1.5)
-    ratio = rates["backward"][0] / rates["compiled"][0]
-    session.add(f"PGD-{steps} resnet152 b256 bf16", "compiled over .backward()", ratio, "x", predicted=2.0)
+    setting.model.eval()  # its running statistics have moved: the reference comes after
+    expected = setting.loss(setting.perturb(setting.iteration("grad"), 3))
+    seconds: dict[str, float] = {}
+    for name, predicted in (("grad", 112.0), ("compiled", 170.0), ("backward", 87.0), ("folded", None)):
+        iteration = setting.iteration(name)
+        started = time.monotonic()
+        setting.perturb(iteration, 1)
+        if name == "compiled":
+            session.add(section, "compiled, first call", time.monotonic() - started, "s", note=_form(iteration))
+        wrong = rungs.check(setting, setting.perturb(iteration, 3), expected)
+        if wrong:
+            session.add(section, name, None, "img/s", note=f"not measured: {wrong}")
+            continue
+        seconds[name] = session.seconds(lambda i=iteration: setting.perturb(i, steps), repeats=2, warm_up=0)
+        share = 100 * seconds[name] / (seconds[name] + training)
+        rate = len(setting.x) / (seconds[name] + training)
+        session.add(section, name, rate, "img/s", predicted=predicted, note=f"attack {share:.0f} % of the step")
+        for other, goal in (("grad", 1.5), ("backward", 2.0)):
+            last = "compiled" if other == "grad" else "backward"  # the later one of the two
+            if name == last and {other, "compiled"} <= seconds.keys():
+                ratio = (seconds[other] + training) / (seconds["compiled"] + training)
+                session.add(section, f"compiled over {other}, whole step", ratio, "x", predicted=goal)
+
+
+def _form(iteration: object) -> str:
+    """Say how a compiled iteration came to run."""
+    if isinstance(iteration, StaticIteration):
+        return f"fell back: {iteration.failed}"[:90] if iteration.failed else "compiled and run once"
+    return ""
 
 
 def group_norm(session: Session) -> None:
     """What group norm costs beside batch norm: stock, and with the fused operation."""
-    from distributed_at.engine.twin import Twin
-
     seconds = {}
     for name, norm, fuse in (("bn, folded", "bn", False), ("gn, stock", "gn", False), ("gn, fused", "gn", True)):
         setting = session.setting("resnet50", 64, norm=norm)
@@ -271,17 +366,18 @@ def host_waits(session: Session) -> None:
     session.add("host synchronisation", "waits in an attack", 0.0, "", predicted=0.0)
 
 
-# (name, seconds it may need, function), the most telling first
+# (name, its share of the time in seconds, function), the most telling first
 SECTIONS: list[tuple[str, float, Callable[[Session], None]]] = [
-    ("host_waits", 10, host_waits),
-    ("kernels", 50, kernels),
-    ("attack_resnet50", 90, attack_resnet50),
-    ("pgd30", 130, pgd30),
-    ("attack_resnet152", 100, attack_resnet152),
-    ("group_norm", 30, group_norm),
-    ("small_batches", 30, small_batches),
-    ("clean_training", 25, clean_training),
-    ("stem_gradient", 15, stem_gradient),
+    ("kernels", 60, kernels),
+    ("pgd30", 240, pgd30),
+    ("group_norm", 45, group_norm),
+    ("gpu_tests", GPU_TEST_SECONDS, gpu_tests),
+    ("attack_resnet50", 120, attack_resnet50),
+    ("compile_times", 120, compile_times),
+    ("small_batches", 40, small_batches),
+    ("host_waits", 15, host_waits),
+    ("clean_training", 30, clean_training),
+    ("stem_gradient", 20, stem_gradient),
 ]
 
 
@@ -295,39 +391,71 @@ def format_line(line: Line) -> str:
     return f"{line.section:30.30s} {line.what:34.34s} {predicted} {measured} {ratio:>5} {line.unit:9s} {line.note}"
 
 
-def run_section(session: Session, name: str, needs: float, function: Callable[[Session], None]) -> None:
-    """Run a section, or put into the table why not."""
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeUpError in this thread after ``seconds``, at the next Python instruction."""
+
+    def over(number: int, frame: FrameType | None) -> None:
+        raise TimeUpError
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_section(session: Session, name: str, share: float, function: Callable[[Session], None]) -> None:
+    """Run a section for at most its share of the time, or put into the table why not."""
     left = session.ends - time.monotonic()
-    if not session.tiny and left < needs:
-        session.add(name, "skipped", None, "", note=f"needs {needs:.0f} s, {max(left, 0):.0f} s are left")
+    limit = left if session.tiny else min(share, left)  # a dry run is to come to its end
+    if limit < 0.25 * share:
+        session.add(
+            name, "skipped", None, "", note=f"{max(left, 0):.0f} s are left, of the {share:.0f} s that it may need"
+        )
         return
     print(f"{name} ({left:.0f} s left)", flush=True)
     started = time.monotonic()
     try:
-        function(session)
+        with time_limit(limit):
+            function(session)
+    except TimeUpError:
+        session.add(name, "stopped", None, "", note=f"took more than its {limit:.0f} s; the rows above are whole")
     except Exception as error:  # whatever a new machine brings, the other sections still count
         traceback.print_exc(file=sys.stderr)
-        session.add(
-            name,
-            "failed",
-            None,
-            "",
-            note=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120],
-        )
+        first = str(error).splitlines()[0] if str(error) else ""
+        session.add(name, "failed", None, "", note=f"{type(error).__name__}: {first}"[:120])
     session.details[f"seconds_{name}"] = round(time.monotonic() - started, 1)
     if session.device == "cuda":
         torch._dynamo.reset()
         torch.cuda.empty_cache()
 
 
+def finish(session: Session, before: dict[str, object], out: Path) -> None:
+    """Write the record and print the table, of whatever there is."""
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"environment": before, "lines": [asdict(line) for line in session.lines], "details": session.details}
+    path = out / f"gpu_{'dry_run' if session.tiny else 'measured'}.json"
+    path.write_text(json.dumps(record, indent=1, default=lambda v: getattr(v, "__dict__", str(v))) + "\n")
+    name = before["gpu"] if session.device == "cuda" else "CPU, a dry run: the numbers mean nothing"
+    print(f"\n== {name}, torch {torch.__version__}; predictions are for an H200; record: {path}")
+    print(f"{'section':30s} {'what':34s} {'predicted':>9} {'measured':>10} ratio unit")
+    for line in session.lines:
+        print(format_line(line))
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Run the sections, write the JSON record, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call, the table included")
     parser.add_argument("--only", nargs="+", choices=[name for name, _, _ in SECTIONS])
     parser.add_argument("--out", type=Path, help="folder of the record (default $OUT, else benchmarks/results)")
     arguments = parser.parse_args()
+    started = time.monotonic()
     device = arguments.device
     if device == "auto":
         if not torch.cuda.is_available():
@@ -335,23 +463,23 @@ def main() -> None:
         device = "cuda"
     torch.backends.cudnn.benchmark = True
     before = common.environment()
-    tiny = device == "cpu"
-    # half a minute for the end
-    ends = time.monotonic() + 60.0 * arguments.minutes - 30.0
-    session = Session(device, tiny, ends, rounds=2 if tiny else 5)
-    for name, needs, function in SECTIONS:
-        if arguments.only is None or name in arguments.only:
-            run_section(session, name, needs, function)
     out = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else common.RESULTS)
-    out.mkdir(parents=True, exist_ok=True)
-    record = {"environment": before, "lines": [asdict(line) for line in session.lines], "details": session.details}
-    path = out / f"gpu_{'dry_run' if tiny else 'measured'}.json"
-    path.write_text(json.dumps(record, indent=1, default=lambda v: getattr(v, "__dict__", str(v))) + "\n")
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, a dry run: the numbers mean nothing"
-    print(f"\n== {name}, torch {torch.__version__}; predictions are for an H200; record: {path}")
-    print(f"{'section':30s} {'what':34s} {'predicted':>9} {'measured':>10} ratio unit")
-    for line in session.lines:
-        print(format_line(line))
+    tiny = device == "cpu"
+    session = Session(device, tiny, started + 60.0 * arguments.minutes - END_SECONDS, rounds=2 if tiny else 5)
+
+    def give_up() -> None:
+        session.add("the end", "stopped", None, "", note="a section could not be interrupted")
+        finish(session, before, out)
+        os._exit(1)
+
+    last_resort = threading.Timer(session.ends + 0.6 * END_SECONDS - time.monotonic(), give_up)
+    last_resort.daemon = True
+    last_resort.start()
+    for name, share, function in SECTIONS:
+        if arguments.only is None or name in arguments.only:
+            run_section(session, name, share, function)
+    last_resort.cancel()
+    finish(session, before, out)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def l2_project(
     near = (clean.double() + scaled).to(x.dtype)
     too_far = (near.double() - clean.double()).abs() > scaled.abs()
     near = torch.where(too_far, torch.nextafter(near, clean.to(x.dtype)), near)
-    return torch.clamp(torch.where(outside, near, x), low, high) + 0.0
+    return torch.clamp(torch.where(outside, near, x), low, high) + 0.0  # type: ignore[arg-type]
 
 
 def l2_step(
