@@ -46,7 +46,8 @@ def _load(args: argparse.Namespace, folder: Path) -> RunConfig:
     return load_recipe(str(folder / "recipe.yaml"), args.overrides).config
 
 
-def _name(what: EvalAttackConfig) -> str:
+def protocol_name(what: EvalAttackConfig) -> str:
+    """Return the name that ``--only`` knows an entry of ``evaluation.final`` by."""
     if what.name:
         return what.name
     if what.kind == "pgd" and what.attack is not None:
@@ -58,7 +59,7 @@ def _chosen_steps(what: EvalAttackConfig, wanted: list[str]) -> list[EvalAttackC
     """Return what ``--only`` leaves of an entry: one pass up to the longest number of steps that it names."""
     from distributed_at.evaluation.along import singles
 
-    kept = [single for single in singles(what) if _name(single) in wanted]
+    kept = [single for single in singles(what) if protocol_name(single) in wanted]
     if len(kept) < 2:
         return kept
     *fewer, longest = kept
@@ -71,7 +72,7 @@ def select_protocols(config: RunConfig, only: str | None, num_samples: int | Non
 
     chosen = list(config.evaluation.final)
     if only is not None:
-        names = [_name(single) for w in chosen for single in singles(w)]
+        names = [protocol_name(single) for w in chosen for single in singles(w)]
         for wanted in only.split(","):
             if wanted not in names:
                 raise ConfigError(
