@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from distributed_at.observe.figures.style import COLOURS, MARKERS, Drawn, look, new_figure
+from distributed_at.observe.figures.style import COLOURS, MARKERS, Drawn, legend_above, look, new_figure
 from distributed_at.observe.record import Measurement, RunRecord
 from distributed_at.observe.tables import paper_number
 
@@ -87,7 +87,8 @@ def _line(axis: Any, points: Iterable[tuple[float, Measurement]], *, index: int,
         color=COLOURS[index % len(COLOURS)],
         marker=MARKERS[index % len(MARKERS)],
         markersize=4,
-        capsize=2,
+        capsize=2 + 1.5 * index,  # intervals at one place are told apart by their ends
+        elinewidth=0.8,
         linewidth=1.4,
         label=label,
     )
@@ -143,7 +144,7 @@ def clean_ratio(records: Sequence[RunRecord]) -> Drawn | None:
         axis.set_xlabel("clean images kept beside 100% adversarial ones (%)")
         axis.set_ylabel(f"accuracy against PGD-{common[0]} (%)")
         axis.set_ylim(bottom=0)
-        axis.legend()
+        legend_above(axis)
     threat = _threat(measured(chosen[0]))
     caption = f"Accuracy against PGD-{common[0]} ({threat}) by share of clean images; bars are 95 % intervals, dotted lines the paper's numbers."
     return Drawn(name="figure1", caption=caption, figure=figure)
@@ -173,7 +174,7 @@ def attack_iterations(records: Sequence[RunRecord], *, norms: Sequence[str], nam
         axis.set_xlabel("attack iterations")
         axis.set_ylabel("accuracy (%)")
         axis.set_ylim(bottom=0)
-        axis.legend()
+        legend_above(axis)
     threat = _threat(curves[0][1][0])
     caption = f"Accuracy against PGD by number of iterations ({threat}); bars are 95 % intervals, dotted lines the paper's numbers."
     return Drawn(name=name, caption=caption, figure=figure)
@@ -205,5 +206,5 @@ def depth(records: Sequence[RunRecord]) -> Drawn | None:
             axis.set_xticks(sorted({x for x, _ in places}), [f"{x:g}" for x in sorted({x for x, _ in places})])
             axis.set_xlabel("layers")
             axis.set_ylabel("accuracy (%)")
-            axis.legend()
+            legend_above(axis)
     return Drawn(name="figure7", caption="Accuracy by depth; dotted lines the paper's numbers.", figure=figure)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distributed_at.observe.figures.style import ADV, CLEAN, COLOURS, Drawn, look, new_figure
+from distributed_at.observe.figures.style import ADV, CLEAN, COLOURS, Drawn, legend_above, look, new_figure
 from distributed_at.rng import Purpose, permutation
 
 NUM_CHANNELS = 20  # as in the paper
@@ -53,8 +53,8 @@ def _panels(
         axis.set_xlabel("channel")
         axis.set_ylabel(f"{quantity} {title}" if quantity else title)
         if field == "variance":
-            axis.set_ylim(bottom=0)
-    axes[0].legend()
+            axis.set_ylim(0, 1.08 * float(values.max()))  # the largest marker whole
+    legend_above(axes[0])
     return figure
 
 

@@ -10,11 +10,16 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 FORMATS = ("svg", "png")
 # Okabe & Ito's colours, told apart by colour-blind readers too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 CLEAN, ADV = COLOURS[0], COLOURS[1]
+_HEIGHT = 3.4  # inches, without a legend
+_ROW = 0.2  # inches, of one row of a legend
+_LEGEND_COLUMNS = 4
+_LONG_LABEL = 14
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _RC: dict[Any, Any] = {
     "font.size": 9,
@@ -52,10 +57,24 @@ def look() -> Iterator[None]:
         yield
 
 
-def new_figure(columns: int = 1, *, width: float = 5.2, height: float = 3.4) -> tuple[Figure, list[Any]]:
+def new_figure(columns: int = 1, *, width: float = 5.2, height: float = _HEIGHT) -> tuple[Figure, list[Any]]:
     """Return a figure and its axes, side by side; no window system is touched."""
     figure = Figure(figsize=(width * columns, height), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def legend_above(axis: Any) -> None:
+    """Name what an axis shows above it, where no curve and no interval can lie under the words; the figure grows with it.
+
+    Lines whose label begins with an underscore are the paper's and share one entry.
+    """
+    handles, labels = axis.get_legend_handles_labels()
+    if any(line.get_linestyle() == ":" for line in axis.lines):
+        handles, labels = [*handles, Line2D([], [], color="#666666", linestyle=":")], [*labels, "the paper's"]
+    columns = 1 if max(map(len, labels)) > _LONG_LABEL else min(len(labels), _LEGEND_COLUMNS)
+    axis.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
+    axis.figure.set_figheight(max(axis.figure.get_figheight(), _HEIGHT + _ROW * -(-len(labels) // columns)))
 
 
 def save(drawn: Drawn, folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
