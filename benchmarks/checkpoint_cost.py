@@ -72,9 +72,8 @@ def expected(name: str, shard: FlatShard) -> torch.Tensor:
     return values.to(shard.local.dtype)
 
 
-def copy_seconds(state: dict[str, FlatShard]) -> float:
-    """Return the seconds of one plain copy of this rank's part of the state, all ranks at once, memory already taken."""
-    part = sum(shard.local.nbytes for shard in state.values())
+def copy_seconds(part: int) -> float:
+    """Return the seconds of one plain copy of so many bytes, all ranks at once, memory already taken."""
     source, target = torch.ones(part, dtype=torch.uint8), torch.zeros(part, dtype=torch.uint8)
     dist.barrier()
     began = time.perf_counter()
@@ -89,7 +88,9 @@ def write(architecture: str, root: Path) -> dict[str, Any]:
         for name, shard in state.items():
             shard.local.copy_(expected(name, shard))
     after_load(engine.engine)
-    plain = copy_seconds(state)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    part = sum(shard.share(name, rank, world_size).local.nbytes for name, shard in state.items())
+    plain = copy_seconds(part)
     manager = CheckpointManager(root)
     results = []
     for step in range(1, SAVES + 1):
@@ -100,13 +101,13 @@ def write(architecture: str, root: Path) -> dict[str, Any]:
     results.append(manager.save(SAVES + 1, state, {"step": SAVES + 1}))
     manager.close()
     assert all(result is not None and result.ok for result in results), results
-    rank, path = dist.get_rank(), root / f"step_{SAVES + 1:08d}"
+    path = root / f"step_{SAVES + 1:08d}"
     own = sum(file.stat().st_size for file in path.glob(f"__{rank}_*"))
     blocked, durable = ([getattr(result, key) for result in results] for key in ("seconds_blocked", "seconds_durable"))
     return {
         "parameters": sum(p.numel() for p in engine.module.parameters()),
         "tensors": len(state),
-        "bytes_state": sum(shard.local.nbytes for shard in state.values()),
+        "bytes_copied": part,
         "bytes_written": own,
         "plain_copy": plain,
         "blocked_first": blocked[0],
@@ -159,7 +160,7 @@ def measure(architecture: str, folder: Path) -> dict[str, Any]:
     ranks = on_ranks(WRITERS, write, architecture, root)
     found: dict[str, Any] = {key: ranks[0][key] for key in ("parameters", "tensors")}
     found["bytes_a_rank"] = [rank["bytes_written"] for rank in ranks]
-    found["bytes_copied_a_rank"] = [rank["bytes_state"] for rank in ranks]
+    found["bytes_copied_a_rank"] = [rank["bytes_copied"] for rank in ranks]
     seconds = ("plain_copy", "blocked_first", "blocked", "durable", "blocked_in_foreground")
     found["seconds"] = {key: max(rank[key] for rank in ranks) for key in seconds}
     found["reading"] = {}
