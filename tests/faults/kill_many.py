@@ -43,11 +43,12 @@ class Count:
 
 
 def repeated_steps(folder: Path) -> list[int]:
-    """Steps that each restart did again: the last step logged before it less the step that it began from."""
+    """Steps that each start after the first did again: the last step logged before it less the one it began from."""
     reached, repeated = 0, []
     for row in read_events(folder, raw=True):
-        if row["event"] == "restart":
-            repeated.append(max(0, reached - row["step"]))
+        if row["event"] in ("restart", "run_start"):
+            if row["restart"] > 0:
+                repeated.append(max(0, reached - row["step"]))
         elif row["event"] == "train":
             reached = max(reached, row["step"])
     return repeated
