@@ -127,7 +127,26 @@ def test_figure_7_shows_standard_and_adversarial_training_by_depth(tmp_path):
     assert lines(drawn, 0) == {"0% adv + 100% clean, clean accuracy": ([152.0, 638.0], [78.0, 80.0])}
     assert lines(drawn, 1) == {"100% adv + 0% clean*, PGD-2000": ([152.0, 638.0], [42.0, 46.0])}
     assert [depth_of(r) for r in runs] == [152, 638, 152, 638]
+    assert "PGD: targeted, eps 16/255" in drawn.caption
     assert depth(runs[:1]) is None
+
+
+def test_curves_of_one_strategy_are_told_apart_by_their_runs_names(tmp_path):
+    deep = write_run(tmp_path / "deep", "table7.yaml#resnet638", {20: 0.5, 100: 0.4})
+    flat = write_run(tmp_path / "flat", "table7.yaml#n30-clean0-star", {20: 0.4, 100: 0.3})
+    other = write_run(tmp_path / "other", "table7.yaml#n30-clean100", {20: 0.3, 100: 0.2})
+    drawn = attack_iterations([deep, flat, other], norms=("bn",), name="figure2")
+    assert set(lines(drawn)) == {
+        f"100% adv + 0% clean* ({deep.name})", f"100% adv + 0% clean* ({flat.name})", "100% adv + 100% clean",
+    }  # fmt: skip
+
+
+def test_legend_lies_above_the_axis_and_names_the_papers_lines_once(ratios):
+    axis = clean_ratio(ratios).figure.axes[0]
+    axis.figure.draw_without_rendering()
+    assert axis.get_legend().get_window_extent().y0 >= axis.get_window_extent().y1
+    texts = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert texts.count("the paper's") == 1
 
 
 def test_strategies_are_named_in_the_papers_words(tmp_path):

@@ -160,12 +160,14 @@ def attack_iterations(records: Sequence[RunRecord], *, norms: Sequence[str], nam
     curves = [(r, points) for r, points in curves if ratio_of(r) is not None]
     if not curves:
         return None
+    labels = [strategy_of(r, "adv" if r.section("model").get("norm") == "mbn" else "") for r, _ in curves]
     with look():
         figure, (axis,) = new_figure()
-        for index, (record, points) in enumerate(curves):
-            branch = "adv" if record.section("model").get("norm") == "mbn" else ""
+        for index, ((record, points), label) in enumerate(zip(curves, labels, strict=True)):
+            if labels.count(label) > 1:  # runs of one strategy that differ in depth, seed, ...
+                label = f"{label} ({record.name})"
             steps = [(float(m.details["num_steps"]), m) for m in points]
-            _line(axis, steps, index=index, label=strategy_of(record, branch))
+            _line(axis, steps, index=index, label=label)
             _paper(axis, [(x, paper_number(record, m)) for x, m in steps], index=index)
         ticks = sorted({int(m.details["num_steps"]) for _, points in curves for m in points})
         axis.set_xscale("log")
@@ -207,4 +209,6 @@ def depth(records: Sequence[RunRecord]) -> Drawn | None:
             axis.set_xlabel("layers")
             axis.set_ylabel("accuracy (%)")
             legend_above(axis)
-    return Drawn(name="figure7", caption="Accuracy by depth; dotted lines the paper's numbers.", figure=figure)
+    threat = f" (PGD: {_threat(lines[-1][1][0][1])})" if lines[-1][1][0][1].details.get("kind") == "pgd" else ""
+    caption = f"Accuracy by depth{threat}; bars are 95 % intervals, dotted lines the paper's numbers."
+    return Drawn(name="figure7", caption=caption, figure=figure)
