@@ -21,7 +21,7 @@ from typing import Any
 try:
     from distributed_at.commands.common import print_table
     from distributed_at.commands.eval import protocol_name
-    from distributed_at.errors import EXIT_OK, EXIT_REQUEUE
+    from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, UserError
     from distributed_at.evaluation.along import singles
     from distributed_at.observe.tables import table
     from distributed_at.recipes import load_recipe
@@ -128,4 +128,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except UserError as mistake:
+        print(f"gpu-train: error: {mistake}", file=sys.stderr)
+        raise SystemExit(mistake.exit_code) from None
