@@ -6,7 +6,7 @@ Without --folder the JPEGs are made by this script; a folder holds train/ and va
 pixels. Both sides decode with libjpeg-turbo, draw windows by the same law (area 8 to 100 %, aspect uniform in 3/4 to 4/3,
 turned with probability one half), resize bicubically, mirror, and, where it says so, jitter brightness, contrast, saturation
 and lighting, each truncated to uint8. Ours has W threads behind one prefetching thread, torchvision W processes that stay
-alive, each with one thread.
+alive, each with one thread. Beside images a second stands the processor time of an image, which a busy machine disturbs less.
 
 First, our decoders must give the same pixels to a few grey levels; how far they are apart is recorded. Writes
 results/loader.json. A loader needs to be no faster than the attack: one GPU at PGD-30 takes about 200 images a second, at
@@ -17,7 +17,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
+import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +102,25 @@ def torchvision_loader(root: Path, size: int, *, jitter: bool, workers: int, bat
     )
 
 
+def processor_seconds(workers: list[int]) -> float:
+    """Return the processor time that this process and its ``workers`` have used so far; a busy machine stretches it little."""
+    ticks = 0
+    for worker in workers:
+        fields = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user and system
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def processor_time(run: Callable[[], object], workers: list[int], images: int, passes: int = 3) -> float:
+    """Return milliseconds of processor time an image, the least of some passes."""
+    spent = []
+    for _ in range(passes):
+        start = processor_seconds(workers)
+        run()
+        spent.append(processor_seconds(workers) - start)
+    return round(1000 * min(spent) / images, 3)
+
+
 def measure(root: Path, size: int, arguments: argparse.Namespace, *, jitter: bool) -> dict[str, Any]:
     """Compare all decoders that work here with torchvision on one folder; return the record."""
     sources, skipped, first = {}, {}, {}
@@ -135,6 +158,8 @@ def measure(root: Path, size: int, arguments: argparse.Namespace, *, jitter: boo
     contestants[TORCHVISION] = lambda: sum(len(batch) for batch, _ in loader)
     assert {name: run() for name, run in contestants.items()} == dict.fromkeys(contestants, images)
     comparison = common.compare(contestants, baseline=TORCHVISION, rounds=arguments.rounds, warm_up=1)
+    children = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+    cost = {n: processor_time(run, children if n == TORCHVISION else [], images) for n, run in contestants.items()}
     for source in sources.values():
         source.close()
     rate = {n: round(images / t.median, 1) for n, t in comparison.timings.items()}
@@ -142,11 +167,14 @@ def measure(root: Path, size: int, arguments: argparse.Namespace, *, jitter: boo
     print("" if comparison.trusted else "  NOT TRUSTED: the machine was too busy")
     for who, value in rate.items():
         ratio, low, high = comparison.ratios.get(who, [1.0, 1.0, 1.0])
-        print(f"  {who:12s} {value:8.1f} images/s  x{ratio:.2f} [{low:.2f}, {high:.2f}]")
+        print(
+            f"  {who:12s} {value:8.1f} images/s  x{ratio:.2f} [{low:.2f}, {high:.2f}]  {cost[who]:.2f} ms of processor an image"
+        )
     for who, why in skipped.items():
         print(f"  {who} skipped: {why}")
     return {
         "colour_jitter": jitter, "images": images, "size": size, "images_per_second": rate,
+        "processor_milliseconds_per_image": cost,
         "grey_levels_apart": apart, "skipped": skipped, "comparison": comparison,
     }  # fmt: skip
 
