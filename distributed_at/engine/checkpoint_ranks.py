@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException  # not an Exception: it derives from BaseException
 
+from distributed_at.engine.checkpoint_files import BadCheckpoint
+
 T = TypeVar("T")
 SHOWN = 6  # reasons listed in one message
 
@@ -69,9 +71,12 @@ def first_line(error: BaseException) -> str:
     """The most telling line of an error; torch wraps each rank's own error in a longer one."""
     nested = getattr(error, "failures", None)
     if isinstance(nested, Mapping) and nested:
-        return "; ".join(
-            f"[{rank}] {first_line(why[0] if isinstance(why, tuple) else why)}" for rank, why in nested.items()
-        )
+        told = {rank: first_line(why[0] if isinstance(why, tuple) else why) for rank, why in nested.items()}
+        if len(set(told.values())) == 1:
+            return next(iter(told.values()))
+        return "; ".join(f"[{rank}] {why}" for rank, why in told.items())
+    if isinstance(error, BadCheckpoint):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     lines = str(error).strip().splitlines()
