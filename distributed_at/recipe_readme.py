@@ -70,13 +70,14 @@ def _gpu_hours(entry: RecipeEntry, gpu: str) -> str:
 
 
 def _status(entry: RecipeEntry) -> str:
-    """Say where a recipe was measured: the file in ``benchmarks/results`` that names it."""
+    """Say where a recipe was measured: the file in ``benchmarks/results`` that holds its accuracies, row by row."""
     name, _, row = entry.ref.partition("#")
     for path in sorted((recipe_root() / "benchmarks" / "results").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.get("recipe") != name:
             continue
-        if not row or row in {result.get("row") for result in content.get("results", [])}:
+        measured = {result.get("row", "") for result in content.get("results", []) if result.get("evaluations")}
+        if row in measured:  # other records may name a recipe for its network alone
             return f"measured: [{path.name}](../benchmarks/results/{path.name})"
     return "run by the tests" if name.endswith("smoke_strategies.yaml") else "not run"
 
