@@ -1,4 +1,4 @@
-"""Soft labels for training losses. Attacks never use them: every code we follow attacks the hard label (facts 3.6)."""
+"""Soft labels for training losses. Attacks never use them: every code we follow attacks the hard label."""
 
 from __future__ import annotations
 

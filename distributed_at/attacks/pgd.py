@@ -38,7 +38,7 @@ class PGD:
         num_steps: gradient steps of one restart; 0 returns the projected start.
         step_size: length of a step: per element for linf, of the whole image's vector for l2.
         step_rule: "at_least_eps_over_steps" uses max(step_size, threat.eps / num_steps), as Xie & Yuille's code does
-            (facts 2.1). The step does not follow an ``eps`` given per call: warm-up changes the radius alone (3.5).
+            (Xie & Yuille's code). The step does not follow an ``eps`` given per call: warm-up changes the radius alone.
         start: "uniform", "zero" or "gaussian"; the laws stand at ``Threat.random_start``.
         start_std: standard deviation of "gaussian" (TRADES: 0.001).
         clip_start: clip the start to the box (Xie & Yuille's and TRADES' codes do not).

@@ -120,9 +120,9 @@ class Threat:
         whatever the memory format. The laws:
 
         - "uniform", linf: uniform in [-eps, eps) per element (Madry et al. 2018).
-        - "uniform", l2: a Gaussian direction of length eps * r, r uniform in [0, 1) (facts 3.2). This is the law of
+        - "uniform", l2: a Gaussian direction of length eps * r, r uniform in [0, 1) (Pang et al.'s code). This is the law of
           Pang et al.'s code; it is not the uniform law in the ball, whose radius would be eps * r^(1/d).
-        - "gaussian": std * N(0, 1) per element (TRADES code; facts 3.8), std in pixel units of the box [0, 1].
+        - "gaussian": std * N(0, 1) per element (TRADES code), std in pixel units of the box [0, 1].
         - "zero": the clean image.
 
         Args:
@@ -131,7 +131,7 @@ class Threat:
             draw: number of the restart.
             clean_probability: probability of starting at the clean image instead (Xie & Yuille's code: 0.2).
             coin_ids: (N,) int64 that the clean-start coin is keyed with; None = sample_ids. BN group numbers here make
-                one coin a group, as in that code (facts 2.1).
+                one coin a group, as in that code.
             clip: clip to the box. Xie & Yuille's and TRADES' codes do not; the ball holds in any case.
             fused: draw and add in one pass where there is a kernel (uniform, linf, float32): the same bits.
         """

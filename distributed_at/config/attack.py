@@ -17,26 +17,27 @@ class AttackConfig(Strict):
     num_steps: int = Field(ge=0)
     step_size: Pixels = Field(gt=0, description="step, /255")
     step_rule: Literal["explicit", "at_least_eps_over_steps"] = Field(
-        default="explicit", description="'at_least_eps_over_steps' = max(step_size, eps / num_steps) (facts 2.1)"
+        default="explicit",
+        description="'at_least_eps_over_steps' = max(step_size, eps / num_steps) (Xie & Yuille's code)",
     )
     start: Literal["uniform", "zero", "gaussian"] = "uniform"
     start_std: float = Field(default=0.001, gt=0, description="of the 'gaussian' start, [0, 1] units (TRADES)")
     clip_start: bool = Field(default=True, description="clip the start to the pixel box; Xie's code and TRADES do not")
     start_clean_probability: float = Field(default=0.0, ge=0, le=1)
     start_clean_scope: Literal["sample", "group"] = Field(
-        default="sample", description="one coin per image, or per BN group (facts 2.1)"
+        default="sample", description="one coin per image, or per BN group (Xie & Yuille's code)"
     )
     target: Literal["none", "random_other", "random_any", "most_confusing", "least_likely"] = "none"
     loss: Literal["ce", "kl", "margin", "dlr"] = "ce"
     restarts: int = Field(default=1, ge=1)
     bn_mode: BnMode = Field(
         default="eval",
-        description="BN during the attack: running statistics, batch statistics, or batch statistics that also update the running ones (facts 7)",
+        description="BN during the attack: running statistics, batch statistics, or batch statistics that also update the running ones",
     )
     branch: Branch = "adv"
     eps_warmup_epochs: float = Field(default=0, ge=0)
     eps_warmup_form: Literal["linear", "overshoot"] = Field(
-        default="linear", description="'overshoot' = (t + 1) / n as in the Bag-of-tricks code (facts 3.5)"
+        default="linear", description="'overshoot' = (t + 1) / n as in the Bag-of-tricks code"
     )
     dtype: AttackDtype = "fp32"
     compile: Literal["auto", "on", "off"] = "auto"

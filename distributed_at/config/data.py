@@ -21,7 +21,7 @@ class AugmentConfig(Strict):
     )
     aspect: tuple[float, float] = Field(default=(0.75, 4 / 3), description="width / height of a 'random_resized' crop")
     colour_jitter: bool = Field(
-        default=False, description="brightness, contrast, saturation, PCA lighting on uint8 (facts 2.3)"
+        default=False, description="brightness, contrast, saturation, PCA lighting on uint8 (Xie & Yuille's code)"
     )
 
     @model_validator(mode="after")

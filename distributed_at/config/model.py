@@ -37,7 +37,7 @@ class ModelConfig(Strict):
         default="default", description="'default' = the architecture's own"
     )
     preact_shortcut: Literal["activated", "raw"] = Field(
-        default="activated", description="input of a PreActBlock's shortcut convolution (facts 3.9)"
+        default="activated", description="input of a PreActBlock's shortcut convolution (Pang et al.'s code)"
     )
     dropout: float = Field(default=0.0, description="0, as in the papers' WideResNets: masks would not resume exactly")
     pixel_mean: tuple[float, ...] = (0.0, 0.0, 0.0)

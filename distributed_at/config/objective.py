@@ -24,18 +24,18 @@ class PgdAtConfig(Strict):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing_form: Literal["uniform", "other_classes"] = Field(
         default="uniform",
-        description="'uniform' = s/K on every class (TF, torch); 'other_classes' = s/(K-1) on the wrong ones (facts 3.6)",
+        description="'uniform' = s/K on every class (TF, torch); 'other_classes' = s/(K-1) on the wrong ones (Pang et al.'s code)",
     )
     bn_clean_updates_per_step: int = Field(
         default=0,
         ge=0,
         le=2,
-        description="extra clean forwards that only move BN statistics, as the Bag-of-tricks code does (facts 3.3)",
+        description="extra clean forwards that only move BN statistics, as the Bag-of-tricks code does",
     )
 
 
 class TradesConfig(Strict):
-    """TRADES: CE(clean) + beta * KL(p_clean || p_adv), gradient through both (facts 3.8)."""
+    """TRADES: CE(clean) + beta * KL(p_clean || p_adv), gradient through both (TRADES' code)."""
 
     name: Literal["trades"] = "trades"
     beta: float = Field(default=6.0, ge=0)
@@ -43,15 +43,16 @@ class TradesConfig(Strict):
     label_smoothing_form: Literal["uniform", "other_classes"] = "uniform"
     clean_forwards: Literal["once", "twice"] = Field(
         default="once",
-        description="'twice' = a second train-mode clean forward for the KL target, as the TRADES code (facts 3.8)",
+        description="'twice' = a second train-mode clean forward for the KL target, as the TRADES code",
     )
     clean_bn: Literal["update", "batch"] = Field(
-        default="update", description="'batch' = the clean forward does not move running statistics (facts 4.2)"
+        default="update",
+        description="'batch' = the clean forward does not move running statistics (Gowal et al.'s code)",
     )
 
 
 class MixtureConfig(Strict):
-    """Adversarial plus a share of the clean counterparts, one BN, MBN or GN, with optional logit pairing (facts 2.6)."""
+    """Adversarial plus a share of the clean counterparts, one BN, MBN or GN, with optional logit pairing (Xie & Yuille)."""
 
     name: Literal["mixture"] = "mixture"
     clean_ratio: float = Field(

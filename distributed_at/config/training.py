@@ -24,7 +24,7 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
     weight_decay_rule: Literal["all", "no_norm_bias", "kernels"] = Field(
         default="all",
-        description="'all' parameters; all but norm layers and biases; or convolution and linear kernels alone (facts 2.2, 3.6)",
+        description="'all' parameters; all but norm layers and biases; or convolution and linear kernels alone (Xie & Yuille's code)",
     )
     backend: Literal["torch", "apex"] = "torch"
     rmsprop_decay: float = Field(default=0.9, gt=0, lt=1)
@@ -49,7 +49,7 @@ class ScheduleConfig(Strict):
     factor: float = Field(default=0.1, gt=0, le=1)
     boundary: Literal["after", "last_iteration"] = Field(
         default="after",
-        description="'last_iteration' = the drop already hits the last iteration before the milestone (facts 3.5)",
+        description="'last_iteration' = the drop already hits the last iteration before the milestone (Pang et al.'s code)",
     )
     final_lr: float = Field(default=0.0, ge=0, description="where cosine and cyclic end")
     peak_epoch: float | None = Field(default=None, gt=0, description="peak of cyclic; null = the middle")
@@ -57,7 +57,7 @@ class ScheduleConfig(Strict):
     warmup_epochs: float = Field(default=0.0, ge=0)
     warmup_start: float | None = Field(default=None, ge=0, description="rate at step 0 of a linear warm-up; null = 0")
     warmup_form: Literal["linear", "overshoot"] = Field(
-        default="linear", description="'overshoot' = (t + 1) / n as in the Bag-of-tricks code (facts 3.5)"
+        default="linear", description="'overshoot' = (t + 1) / n as in the Bag-of-tricks code"
     )
 
     @model_validator(mode="after")
@@ -72,7 +72,7 @@ class ScheduleConfig(Strict):
 
 
 class EmaConfig(Strict):
-    """Exponential moving average of weights (facts 4.1)."""
+    """Exponential moving average of weights (Gowal et al., section 4.3)."""
 
     decay: float = Field(gt=0, lt=1)
     dynamic: bool = Field(default=False, description="min(decay, (1 + t) / (10 + t)), as in the DeepMind code")
@@ -98,7 +98,9 @@ class TrainConfig(Strict):
     )
     deterministic: bool = True
     freeze_bn_from_epoch: float | None = Field(
-        default=None, ge=0, description="from here BN normalises with frozen running statistics (facts 2.6, '*')"
+        default=None,
+        ge=0,
+        description="from here BN normalises with frozen running statistics (Xie & Yuille, rows marked '*')",
     )
     bn_only: Branch | None = Field(
         default=None, description="finetune BN alone on clean or adversarial images (Xie & Yuille 4.4)"

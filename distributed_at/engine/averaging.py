@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights (Gowal et al., "Uncovering the limits", section 4.3; facts 4.1)."""
+"""Exponential moving average of the weights (Gowal et al., "Uncovering the limits", section 4.3)."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import nn
 
@@ -14,7 +16,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, *, lr: float) -> 
     """Return the optimiser over the trainable parameters, weight decay by the recipe's rule.
 
     Weight decay is coupled (added to the gradient) for sgd, rmsprop and adam, decoupled for adamw, as in the papers'
-    codes (facts 2.2, 3.6).
+    codes.
     """
     decay, no_decay = weight_decay_groups(model, config.weight_decay_rule)
     groups = [
@@ -39,19 +41,18 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, *, lr: float) -> 
 
 def _apex_sgd(groups: list[dict], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
     """NVIDIA apex's fused SGD; the PyPI package that happens to be called apex is something else."""
-    try:
-        import apex
-    except ImportError as error:
+    found = importlib.util.find_spec("apex")
+    if found is None:
         raise ConfigError(
             "optimizer.backend: apex needs NVIDIA apex built from source (its README: pip install with --cpp_ext "
             "--cuda_ext); or write optimizer.backend: torch"
-        ) from error
+        )
     try:
         from apex.optimizers import FusedSGD
     except ImportError as error:
         raise ConfigError(
-            f"optimizer.backend: apex found {getattr(apex, '__file__', 'a package')}, which is not NVIDIA apex: the "
-            "package of that name on the Python index is unrelated. Remove it (pip uninstall apex) and build NVIDIA "
-            "apex from source, or write optimizer.backend: torch"
+            f"optimizer.backend: apex found {found.origin or 'a package'}, which is not NVIDIA apex: the package of that "
+            "name on the Python index is unrelated. Remove it (pip uninstall apex) and build NVIDIA apex from source, or "
+            f"write optimizer.backend: torch ({error})"
         ) from error
     return FusedSGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)

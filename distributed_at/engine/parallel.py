@@ -184,7 +184,7 @@ class TrainingEngine:
         self._autocast_dtype = torch.bfloat16 if train.precision == "bf16" else None
 
     def freeze_bn(self) -> None:
-        """From now on BN normalises with its running statistics; affine parameters go on training (facts 2.6)."""
+        """From now on BN normalises with its running statistics; affine parameters go on training (Xie & Yuille, rows marked '*')."""
         self.frozen_bn = True
         set_bn_mode(self.module, "eval")
 

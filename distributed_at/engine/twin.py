@@ -49,7 +49,7 @@ class Twin:
     Args:
         module: the live network; with DeepSpeed ``engine.module`` *after* ``deepspeed.initialize``.
         bn_mode: 'eval' (running statistics), 'batch' (batch statistics, nothing updated) or 'train' (also updates the
-            live running statistics, as several papers' codes do; facts 7).
+            live running statistics, as several papers' codes do).
         branch: norm branch, 'adv' or 'clean'.
         dtype: 'fp32', or the 16-bit type of weights and activations; fp32 leaves a float64 network in float64.
         fold: put frozen batch norms into the convolutions before them (bn_mode 'eval' alone).

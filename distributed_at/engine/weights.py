@@ -53,7 +53,7 @@ def load_network(
 ) -> nn.Module:
     """Return the network with a checkpoint's weights, on the CPU and in eval mode.
 
-    ``average``: use the averaged weights where the recipe keeps them (facts 4.1).
+    ``average``: use the averaged weights where the recipe keeps them (Gowal et al., section 4.3).
     """
     module = build_network(config, num_classes)
     averaged = average and config.train.ema is not None

@@ -20,7 +20,7 @@ class Mixture(Objective):
     counters. With one BN both kinds go through *one* forward, so that each group's statistics are those of the mixture
     (section 4.2, figure 4). With "mbn" clean images use the clean branch and adversarial ones the adv branch (section
     4.2, MBN); with "gn" the two forwards are independent anyway. ``weighting="samples"`` is the mean over all samples,
-    the other reading of partial ratios, whose weight the paper leaves open (facts 2.6). Where no clean image is kept
+    the other reading of partial ratios, whose weight the paper leaves open. Where no clean image is kept
     the loss is that of the adversarial images.
 
     ``logit_pairing`` adds ALP (Kannan et al. 2018, section 4; Xie & Yuille, table 1), gradient through both:

@@ -15,7 +15,7 @@ class PgdAt(Objective):
 
     ``bn_clean_updates_per_step`` repeats what two codes do for logging and what enters their BN statistics: 1 = a
     train-mode clean forward after the optimiser's step (Rice et al.'s code); 2 = one before and one after it (Pang et
-    al.'s code, "Bag of tricks", table 7 is confounded by it; facts 3.3). 0 trains on what the loss sees.
+    al.'s code, "Bag of tricks", table 7 is confounded by it). 0 trains on what the loss sees.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class PgdAt(Objective):
         )
 
     def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
-        """Return the mean loss over adversarial images; labels may be smoothed here, never in the attack (facts 3.6)."""
+        """Return the mean loss over adversarial images; labels may be smoothed here, never in the attack."""
         adv = required_adv(adv, batch)
         adv_logits = forward(adv, branch=self.attack_branch)
         loss = smoothed_cross_entropy(

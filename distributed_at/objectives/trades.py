@@ -16,11 +16,11 @@ from distributed_at.objectives.base import BranchName, Forward, Objective, Terms
 class Trades(Objective):
     """CE(clean) + beta * KL(p_clean || p_adv), both means over the batch, gradient through both sides of the KL.
 
-    Zhang et al., "Theoretically principled trade-off", 2019, eq. 5, in the direction of their code (facts 3.8); Gowal
+    Zhang et al., "Theoretically principled trade-off", 2019, eq. 5, in the direction of their code; Gowal
     et al., "Uncovering the limits", section 3.1, prints the KL reversed, its code does not. Order of the forwards, which
     BN's running statistics remember: clean, adv ("once", Pang et al.'s ATHE code); clean, adv, clean ("twice", the
     TRADES code, whose KL looks at the second clean forward). ``clean_bn="batch"``: clean forwards use batch statistics
-    and move nothing, so running statistics see adversarial images alone (Gowal et al.'s code; facts 4.2).
+    and move nothing, so running statistics see adversarial images alone (Gowal et al.'s code).
     """
 
     def __init__(

@@ -87,7 +87,7 @@ def test_xie_start_is_outside_the_box_before_the_first_gradient_alone() -> None:
 
 
 def test_l2_pgd_follows_the_plain_one() -> None:
-    """Pang et al.'s code (facts 3.2): g / ||g||, renorm to the ball, clip; equal to rounding in float64."""
+    """Pang et al.'s code: g / ||g||, renorm to the ball, clip; equal to rounding in float64."""
     x, y, model = images(dtype=torch.float64), labels(), network(dtype=torch.float64)
     attack = PGD(threat=Threat("l2", 0.5), num_steps=8, step_size=0.1)
     adv = start = start_of(attack, x)

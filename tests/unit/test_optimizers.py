@@ -1,5 +1,6 @@
 """Optimisers as a recipe names them; NVIDIA apex's, through a stand-in with its signature, and the package that has its name."""
 
+import importlib.machinery
 import sys
 import types
 
@@ -39,6 +40,7 @@ class FusedSGD(torch.optim.SGD):
 @pytest.fixture
 def nvidia_apex(monkeypatch):
     package, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
+    package.__spec__ = importlib.machinery.ModuleSpec("apex", None)
     optimizers.FusedSGD = FusedSGD
     package.optimizers = optimizers
     package.__path__ = []
@@ -88,17 +90,15 @@ def test_absent_apex_says_how_to_get_it(monkeypatch):
 
 
 def test_the_other_package_named_apex_is_named_in_the_error(monkeypatch, tmp_path):
-    """The one on the Python package index: an authentication toolkit for the web framework Pyramid."""
+    """The one on the Python package index, for the web framework Pyramid, which is rarely installed beside it."""
     (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("from apex.lib import create_user\n")
-    (tmp_path / "apex" / "lib.py").write_text("def create_user(**values): ...\n")
+    (tmp_path / "apex" / "__init__.py").write_text("import pyramid_that_is_not_installed\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("apex", "apex.lib", "apex.optimizers"):
+    for name in ("apex", "apex.optimizers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(ConfigError) as caught:
         build_optimizer(_config("apex"), _network(), lr=0.1)
-    for name in ("apex", "apex.lib"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("apex", None)
     message = str(caught.value)
     assert str(tmp_path / "apex" / "__init__.py") in message
     assert "is not NVIDIA apex: the package of that name on the Python index is unrelated" in message
