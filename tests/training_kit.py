@@ -86,6 +86,17 @@ def checkpoint_step(folder: Path) -> int:
     return max(steps, default=0)
 
 
+@contextlib.contextmanager
+def one_world() -> Iterator[None]:
+    """Let commands that run in this process share its process group, and leave it standing."""
+    parallel = "distributed_at.engine.parallel"
+    with (
+        mock.patch(f"{parallel}.initialise_world", _one_world),
+        mock.patch(f"{parallel}.shutdown_world", return_value=None),
+    ):
+        yield
+
+
 def train(folder: Path, overrides: Sequence[str] = (), *, stop_at: int | None = None) -> int:
     """Run ``digits/adversarial.yaml`` made tiny until its end or ``stop_at``; returns the worker's exit code."""
     config = load_recipe(str(RECIPE), [*TINY, *overrides]).config

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distributed_at.cli import main
-from distributed_at.engine.launch import free_port
+from tests.training_kit import one_world
 
 SHORT = [
     "train.epochs=6",
@@ -94,14 +94,14 @@ def test_eval_counts_every_test_image_once_and_report_shows_its_numbers(folder):
 
 def test_eval_names_the_worst_case_and_what_is_suspicious(folder, monkeypatch, capsys):
     """Three attacks on one ball; then the rows of the strongest are made to say that it broke less than the others."""
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": free_port()}.items():
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():  # a worker, that starts none itself
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     attacks = [f"{{kind: pgd, name: pgd{n}, attack: {{eps: 48, num_steps: {n}, step_size: 16}}}}" for n in (2, 3, 4)]
     command = ["eval", str(folder / "runs" / "robust"), f"evaluation.final=[{', '.join(attacks)}]"]
 
     def evaluate(*options: str) -> str:
-        assert main([*command, *options]) == 0
+        with one_world():
+            assert main([*command, *options]) == 0
         return capsys.readouterr().out
 
     document = json.loads(evaluate("--json"))

@@ -1,6 +1,6 @@
 """Files from a stranger, read by the commands that a user would type: nothing in them runs, nothing exhausts the memory.
 
-Each case plants code that would make the folder ``ran``, a path that leaves its folder, or a size that is not there.
+Each case plants code that would make the folder ``MARKER``, a path that leaves its folder, or a size that is not there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from distributed_at.engine.checkpoint import CheckpointManager
 from distributed_at.errors import CheckpointError
 
 DATA = "__0_0.distcp"
+MARKER = "planted-code-ran"
 BOMB = 1 << 25  # index of a pickle's memo; an unpickler that believes it takes half a gigabyte
 Case = tuple[Callable[[Path], list[str]], int, list[str]]  # arguments from a folder, exit code, phrases of the message
 
@@ -43,7 +44,7 @@ class Runs:
 
 
 def payload(folder: Path) -> Runs:
-    return Runs(os.mkdir, str(folder / "ran"))
+    return Runs(os.mkdir, str(folder / MARKER))
 
 
 # ------------------------------------------------------------------ checkpoints, every hash and size of them in order
@@ -153,7 +154,7 @@ def test_a_hostile_checkpoint_is_refused_by_a_run_that_would_resume_from_it(name
     target = {key: torch.zeros_like(value) for key, value in state().items()}
     with pytest.raises(CheckpointError) as caught:
         CheckpointManager(tmp_path / "checkpoints").load(step, target)
-    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / MARKER).exists()
     assert phrase in str(caught.value) or "does not fit this run" in str(caught.value)
     assert all(not value.any() for value in target.values())
 
@@ -191,9 +192,9 @@ def deepspeed_without_consent(folder: Path) -> list[str]:
 # -------------------------------------------------------------------------------------------------- pickles of images
 
 ATTACKS: dict[str, Callable[[Path], Any]] = {
-    "a shell command": lambda folder: Runs(os.system, f"mkdir {folder / 'ran'}"),
-    "eval": lambda folder: Runs(eval, f"__import__('os').mkdir({str(folder / 'ran')!r})"),
-    "a function of numpy": lambda folder: Runs(np.save, str(folder / "ran"), np.zeros(1)),
+    "a shell command": lambda folder: Runs(os.system, f"mkdir {folder / MARKER}"),
+    "eval": lambda folder: Runs(eval, f"__import__('os').mkdir({str(folder / MARKER)!r})"),
+    "a function of numpy": lambda folder: Runs(np.save, str(folder / MARKER), np.zeros(1)),
     "code among the labels": lambda folder: {"data": np.zeros((2, 3072), np.uint8), "labels": [0, payload(folder)]},
     "code in an array of objects": lambda folder: {"data": np.array([payload(folder)], dtype=object)},
 }
@@ -327,7 +328,7 @@ def tar_holds(**fields: Any) -> Callable[[Path, Path], None]:
 
         path = target / "shard-00001.tar"
         with tarfile.open(path, "a") as tar:
-            member = tarfile.TarInfo("../../ran")
+            member = tarfile.TarInfo(f"../../{MARKER}")
             for key, value in fields.items():
                 setattr(member, key, value)
             tar.addfile(member)
@@ -382,7 +383,7 @@ CASES: dict[str, Case] = {
     "shards: an offset past the end": (shards(image_at(offset=1 << 50)), 2, ["image 1 lies outside its shard"]),
     "shards: a shard that does not exist": (shards(image_at(shard=99)), 2, ["image 1 lies outside its shard"]),
     "shards: code in the index": (shards(index_runs), 2, ["shards.npz: cannot be read", "allow_pickle=False"]),
-    "shards: path escape in a tar": (shards(tar_holds()), 3, ["damaged: train/shard-00001.tar", "'../../ran'"]),
+    "shards: path escape in a tar": (shards(tar_holds()), 3, ["damaged: train/shard-00001.tar", f"'../../{MARKER}'"]),
     "shards: a link in a tar": (
         shards(tar_holds(type=tarfile.SYMTYPE, linkname="/etc/passwd")), 3, ["damaged: train/shard-00001.tar"],
     ),
@@ -402,7 +403,7 @@ def test_a_hostile_file_is_refused_and_nothing_in_it_runs(name, tmp_path, monkey
     except SystemExit as stop:
         code = int(stop.code or 0)
     message = capsys.readouterr().err
-    assert list(tmp_path.parent.rglob("ran*")) == [], "planted code ran"
+    assert [*tmp_path.rglob(f"{MARKER}*"), *tmp_path.parent.glob(f"{MARKER}*")] == [], "planted code ran"
     assert code == wanted, message
     assert "Traceback" not in message
     for phrase in phrases:
@@ -414,4 +415,4 @@ def test_a_hostile_file_is_refused_and_nothing_in_it_runs(name, tmp_path, monkey
 @pytest.mark.parametrize("name", ATTACKS)
 def test_each_planted_attack_would_run_in_an_ordinary_reader(name, tmp_path):
     pickle.loads(pickle.dumps(ATTACKS[name](tmp_path)))
-    assert list(tmp_path.glob("ran*")), "the attack is harmless, so that refusing it proves nothing"
+    assert list(tmp_path.glob(f"{MARKER}*")), "the attack is harmless, so that refusing it proves nothing"
