@@ -35,6 +35,7 @@ from distributed_at.engine.checkpoint_shards import (
     mismatches,
     snapshot,
 )
+from distributed_at.engine.failures import lost_rank
 from distributed_at.errors import CheckpointError, UserError
 from distributed_at.files import write_atomically
 
@@ -361,6 +362,8 @@ class CheckpointManager:
                 no_dist=not self.ranks.distributed,
             )
         except (Exception, CheckpointException) as error:
+            if lost_rank(error):  # nothing is wrong with the checkpoint
+                raise ConnectionError(f"another rank was lost while {folder.name} was read") from error
             raise CheckpointError(f"cannot read checkpoint {folder}: {first_line(error)}") from error
         with torch.no_grad():
             for shard in shards.values():

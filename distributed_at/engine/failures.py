@@ -7,6 +7,7 @@ import re
 import socket
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,6 +26,11 @@ def lost_rank(error: BaseException) -> bool:
     """Whether the error, or what caused it, is that another rank is dead or silent."""
     seen: BaseException | None = error
     while seen is not None:
+        nested = getattr(seen, "failures", None)  # torch wraps what each rank met in one error
+        if isinstance(nested, Mapping) and any(
+            lost_rank(why[0] if isinstance(why, tuple) else why) for why in nested.values()
+        ):
+            return True
         if isinstance(seen, dist.DistError):
             return True
         if isinstance(seen, (RuntimeError, OSError)) and any(sign in str(seen).lower() for sign in _SIGNS):

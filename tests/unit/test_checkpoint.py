@@ -9,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from distributed_at.engine import checkpoint_files as files
 from distributed_at.engine.checkpoint import CheckpointManager
 from distributed_at.engine.checkpoint_files import BadCheckpoint
 from distributed_at.engine.checkpoint_shards import FlatShard
 from distributed_at.engine.checkpoint_state import shard_places
+from distributed_at.engine.failures import lost_rank
 from distributed_at.errors import CheckpointError, UserError
 
 
@@ -48,6 +51,25 @@ def test_load_returns_what_was_saved_bit_for_bit(tmp_path):
     target = state(0)
     assert manager(tmp_path).load(m.latest_good(), target) == {"epoch": 1.5, "nested": {"list": [1, "two", None]}}
     assert all(torch.equal(target[k], v) for k, v in state(7.25).items())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_rank_lost_while_a_checkpoint_is_read_is_no_bad_checkpoint(wrapped, tmp_path, monkeypatch):
+    m = saved(tmp_path, 1)
+    lost: BaseException = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:9")
+    if wrapped:
+        lost = CheckpointException("read", {0: (lost, traceback.StackSummary.from_list([]))})
+
+    def peer_dies(*args: object, **kwargs: object) -> None:
+        raise lost
+
+    monkeypatch.setattr("distributed_at.engine.checkpoint.dcp.load", peer_dies)
+    with pytest.raises(ConnectionError, match="another rank was lost while step_00000001 was read") as caught:
+        m.load(m.latest_good(), state(0))
+    assert lost_rank(caught.value)
+    lost = RuntimeError("a tensor is broken")
+    with pytest.raises(CheckpointError, match="a tensor is broken"):
+        m.load(m.latest_good(), state(0))
 
 
 def test_rows_of_places_open_at_another_world_size(tmp_path):
