@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 WORKERS ?= 2
 
-.PHONY: help demo test test-all lint install gpu gpu-train bench kernels clean
+.PHONY: help demo test test-all mutations lint install gpu gpu-train bench kernels clean
 
 help:
 	@echo "make demo      train robustly on real digits with 2 workers, evaluate, write the report (minutes)"
 	@echo "make test      the tests that CI runs"
 	@echo "make test-all  also the slow ones"
+	@echo "make mutations plant faults in the sources and see that the tests notice"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks of this machine"
 	@echo "make gpu       everything that needs a GPU, in one command"
@@ -35,6 +36,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -m "not gpu" -q
+
+mutations: $(STAMP)
+	$(BIN)/python -m tests.mutations
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,16 @@
+"""All planted faults, a file a room."""
+
+from __future__ import annotations
+
+from tests.mutations import data, engine, evaluation, models, observe
+from tests.mutations.mutation import Mutation
+
+# How many faults each room must have at least; a room is a folder of the package.
+LEAST = {"engine": 0, "evaluation": 0, "models": 0, "data": 0, "observe": 0}
+MUTATIONS: tuple[Mutation, ...] = (
+    *engine.MUTATIONS,
+    *evaluation.MUTATIONS,
+    *models.MUTATIONS,
+    *data.MUTATIONS,
+    *observe.MUTATIONS,
+)

@@ -1,0 +1,5 @@
+"""Faults planted in observe/."""
+
+from tests.mutations.mutation import Mutation
+
+MUTATIONS: tuple[Mutation, ...] = ()
