@@ -1,0 +1,78 @@
+"""Fields of the schema whose values are names in a registry, so that a plug-in's names are as good as ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from distributed_at.registry import Registry
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Annotates a ``str`` field: ``norm: Annotated[str, Choice(NORMS)]``; the value must be a name of the registry."""
+
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str) -> str:
+        if value not in self.registry:
+            raise not_registered(self.registry, value)
+        return value
+
+
+@dataclass(frozen=True)
+class Section:
+    """Annotates a section whose class depends on its ``name``: ``objective: Annotated[Base, Section(OBJECTIVES)]``.
+
+    An entry of the registry has the section's class as its attribute ``Config``.
+    """
+
+    registry: Registry[Any]
+    default: str | None = None  # name of a section that gives none
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._parse,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda section, info: section.model_dump(mode=info.mode, exclude_defaults=info.exclude_defaults),
+                info_arg=True,
+            ),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [config.model_json_schema() for config in self.classes().values()]}
+
+    def classes(self) -> dict[str, type[BaseModel]]:
+        """Return the section's class by name."""
+        return {name: self.registry[name].Config for name in self.registry}
+
+    def _parse(self, value: Any, info: ValidationInfo) -> BaseModel:
+        if isinstance(value, BaseModel):
+            return value
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError("dict_type", "Input should be a section")
+        name = value.get("name", self.default)
+        if name is None:
+            raise PydanticCustomError(
+                "union_tag_not_found", "name is required", {"expected_tags": ", ".join(map(repr, self.registry))}
+            )
+        if name not in self.registry:
+            raise not_registered(self.registry, name, code="union_tag_invalid")
+        config: type[BaseModel] = self.registry[name].Config
+        # the inner ValidationError keeps its places, to which pydantic adds this section's
+        if info.mode == "json":
+            return config.model_validate_json(json.dumps(value))
+        return config.model_validate(value)
+
+
+def not_registered(registry: Registry[Any], value: Any, *, code: str = "literal_error") -> PydanticCustomError:
+    """Return pydantic's error for a value that is no name of the registry, in the form of its own errors."""
+    return PydanticCustomError(code, f"not a {registry.kind}", {"expected_tags": ", ".join(map(repr, registry))})
