@@ -21,6 +21,7 @@ from distributed_at.errors import EXIT_CONFIG, UserError, did_you_mean
 VERBS = {
     "train": "train a recipe; the same command resumes it",
     "eval": "measure clean and robust accuracy of a run, sharded over workers",
+    "status": "say where a run stands and what to do next, as JSON",
     "report": "write a run's report.html, beside other runs",
     "figures": "draw the figures of a set of runs: clean ratio, attack iterations, BN statistics, depth",
     "plan": "check a recipe at any world size and say what it costs, without running it",

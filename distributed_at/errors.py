@@ -17,6 +17,22 @@ EXIT_LOCKED = 5
 EXIT_HANG = 6
 EXIT_REQUEUE = 85  # saved at a step boundary: the same command goes on where it stopped
 
+# What follows from an exit code, for schedulers: nothing ('done'), the same command again ('again'), a person first
+# ('person'), or the same command again a bounded number of times ('crash', every code that is not listed).
+EXIT_CLASSES = {
+    EXIT_OK: "done",
+    EXIT_REQUEUE: "again",
+    EXIT_CONFIG: "person",
+    EXIT_NO_CHECKPOINT: "person",
+    EXIT_DIVERGED: "person",
+    EXIT_LOCKED: "person",
+}
+
+
+def exit_class(code: int) -> str:
+    """Return what follows from a process's exit code: 'done', 'again', 'person' or 'crash'."""
+    return EXIT_CLASSES.get(code, "crash")
+
 
 class UserError(Exception):
     """A mistake of the user's, or a fact about their files or machine, told in one message."""

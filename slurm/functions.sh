@@ -2,7 +2,6 @@
 # Nothing here is for GPUs or for one site alone; what a site must say stands in the sbatch files and in README.md.
 
 MOST_CRASHES_WITHOUT_PROGRESS=3
-NEEDS_A_PERSON="2 3 4 5" # wrong recipe, no usable checkpoint, diverged, folder in use: starting again changes nothing
 
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
@@ -27,21 +26,14 @@ set_cores() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 }
 
-# Number of the newest checkpoint's step in run folder $1, 0 without one.
-newest_step() {
-  local newest=0 folder number
-  for folder in "$1"/checkpoints/step_*; do
-    number=${folder##*step_}
-    [ -d "$folder" ] && [ "$((10#$number))" -gt "$newest" ] && newest=$((10#$number))
-  done
-  echo "$newest"
-}
+# Field $2 of where run folder $1 stands; more words, such as --exit-code, may follow.
+status() { "$PYTHON" -m distributed_at status "$1" --get "$2" "${@:3}"; }
+
+# Step of the newest good checkpoint in run folder $1, 0 without one.
+newest_step() { status "$1" checkpoint_step || echo 0; }
 
 # Whether the run in folder $1 has come to its end.
-is_finished() {
-  [ -f "$1/events.jsonl" ] && grep -a '"event": "run_end"' "$1/events.jsonl" | tail -n 1 |
-    grep -qE '"reason": "(finished|early)"'
-}
+is_finished() { [ "$(status "$1" finished)" = true ]; }
 
 # Run "$@" and set $code; USR1 is passed on as $1 says (USR1, or TERM for a step that cannot stop by itself).
 run_step() {
@@ -138,15 +130,14 @@ exclude_bad_nodes() {
 
 # What follows from $code for run folder $1.
 finish() {
-  local word
   [ "$code" -eq 0 ] && exit 0
-  for word in $NEEDS_A_PERSON; do
-    if [ "$code" -eq "$word" ]; then
+  case $(status "$1" exit_class --exit-code "$code") in
+    again) requeue "$1" ;;
+    person)
       log "not requeued: exit code $code needs a person, see the message above"
       exit "$code"
-    fi
-  done
-  [ "$code" -eq 85 ] && requeue "$1"
+      ;;
+  esac
   if ! is_running; then
     log "not requeued: the job was cancelled, or the scheduler requeues it by itself"
     exit "$code"

@@ -137,6 +137,15 @@ class RunLock:
         holder = self._holder()
         return holder is not None and holder.token == self._me.token
 
+    def look(self) -> tuple[Holder | None, str | None]:
+        """Return who holds the lock, and why that process counts as dead (None: it lives); changes nothing.
+
+        Raises:
+            LockedError: the lock cannot be read.
+        """
+        holder = self._holder()
+        return holder, None if holder is None else self._why_dead(holder, this_process())
+
     def taken_by(self) -> Holder | None:
         """Who holds the lock instead of this process, None where nobody is known to: ask before writing what they write.
 
