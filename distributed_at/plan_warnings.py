@@ -9,6 +9,7 @@ from typing import Literal
 from distributed_at.bench.certificate import check_certificate
 from distributed_at.config import AttackConfig, EvalAttackConfig, RunConfig
 from distributed_at.engine.batching import BatchPlan
+from distributed_at.objectives import OBJECTIVES
 
 # Below this a ResNet's attack step is bound by kernel launches rather than by the GPU.
 _SMALL_MICRO_BATCH = 24
@@ -111,7 +112,7 @@ def _attack(config: RunConfig) -> list[tuple[str, str]]:
                 f"less than eps {attack.eps:g}/255",
             )
         )
-    if attack.num_steps == 1 and attack.target == "none" and config.objective.name != "standard":
+    if attack.num_steps == 1 and attack.target == "none":
         found.append(
             (
                 "catastrophic_overfitting",
@@ -132,7 +133,7 @@ def _attack(config: RunConfig) -> list[tuple[str, str]]:
 
 def _selection(config: RunConfig) -> list[tuple[str, str]]:
     robust = [protocol for protocol in config.evaluation.validation if protocol.kind != "clean"]
-    if config.train.select == "best_validation" and config.objective.name != "standard" and not robust:
+    if config.train.select == "best_validation" and _is_adversarial(config) and not robust:
         return [
             (
                 "selection_without_attack",
@@ -156,7 +157,7 @@ def _evaluation(config: RunConfig) -> list[tuple[str, str]]:
         found = [("no_clean_accuracy", "evaluation.final does not measure clean accuracy")]
     else:
         found = []
-    if config.objective.name == "standard":
+    if not _is_adversarial(config):
         return found
     robust = [protocol for protocol in final if protocol.kind != "clean"]
     if not robust:
@@ -177,6 +178,10 @@ def _evaluation(config: RunConfig) -> list[tuple[str, str]]:
         names = ", ".join(p.name or p.kind for p in smaller)
         found.append(("evaluation_radius", f"evaluation.final ({names}) uses a smaller eps than the training attack"))
     return found
+
+
+def _is_adversarial(config: RunConfig) -> bool:
+    return OBJECTIVES[config.objective.name].needs(config.objective).attack != "none"
 
 
 def _is_targeted(protocol: EvalAttackConfig) -> bool:

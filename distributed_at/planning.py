@@ -14,7 +14,8 @@ from distributed_at.config import DataConfig, EvalAttackConfig, RunConfig
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.schedules import Schedules
 from distributed_at.errors import ConfigError
-from distributed_at.observe.cost import attack_units, recipe_units
+from distributed_at.objectives import OBJECTIVES
+from distributed_at.observe.cost import attack_units, config_units
 from distributed_at.plan_warnings import PlanWarning, plan_warnings
 
 if TYPE_CHECKING:
@@ -127,13 +128,14 @@ def make_plan(
         micro_batch_size=train.micro_batch_size,
         bn_group_size=train.bn_group_size,
     )
+    batch.require_whole_groups(OBJECTIVES[config.objective.name].needs(config.objective).whole_groups)
     num_train, num_test = split_sizes(config.data)
     per_epoch = batch.steps_per_epoch(num_train, drop_last=train.drop_last)
     schedules = Schedules.from_config(config, per_epoch)
     images = _images(schedules.num_steps, per_epoch, num_train, batch.batch_size, drop_last=train.drop_last)
     if statistics is None:
         statistics = measure_model(config)
-    units = recipe_units(config.model_dump(mode="json"))
+    units = config_units(config)
     flops_per_image = units.total * 2.0 * statistics.macs
     memory = estimate_memory(config, batch, statistics)
     warnings = plan_warnings(config, batch, num_train=num_train)
@@ -206,12 +208,8 @@ def estimate_memory(config: RunConfig, batch: BatchPlan, statistics: ModelStatis
     states += weights if config.train.ema else 0
     half_attack = config.attack is not None and config.attack.dtype != "fp32"
     states += weights // 2 if half_attack or config.train.precision == "bf16" else 0
-    passes = 1.0
-    if config.objective.name == "mixture":
-        passes += config.objective.clean_ratio
-    elif config.objective.name == "trades":
-        passes += 2.0 if config.objective.clean_forwards == "twice" else 1.0
-    training = passes * statistics.train_bytes * (0.5 if config.train.precision == "bf16" else 1.0)
+    passes = OBJECTIVES[config.objective.name].passes(config.objective)
+    training = passes.activations * statistics.train_bytes * (0.5 if config.train.precision == "bf16" else 1.0)
     attack = 0.0 if config.attack is None else statistics.input_grad_bytes * (0.5 if half_attack else 1.0)
     return Memory(states=states, activations=round(batch.micro_batch * max(training, attack)))
 

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from distributed_at.config import RunConfig
+from distributed_at.config.choice import Choice, Section
 from distributed_at.errors import ConfigError, did_you_mean, nearest
 from distributed_at.recipe_nodes import KeyPath, Node, kind
 
@@ -67,7 +69,7 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def models_at(path: KeyPath) -> list[type[BaseModel]]:
-    """Return the schema classes that may stand at ``path``: one for a section, several for ``objective``."""
+    """Return the schema classes that may stand at ``path``: one, or several where a section's ``name`` chooses."""
     found: list[Any] = [RunConfig]
     for part in path:
         step: list[Any] = []
@@ -75,9 +77,19 @@ def models_at(path: KeyPath) -> list[type[BaseModel]]:
             if isinstance(part, int) or str(part).isdigit():
                 step += _items(annotation)
             elif _is_model(annotation) and part in annotation.model_fields:
-                step += _parts(annotation.model_fields[part].annotation)
+                step += _field_parts(annotation.model_fields[part])
         found = step
     return [annotation for annotation in found if _is_model(annotation)]
+
+
+def chosen_sections() -> dict[str, Section]:
+    """Return the sections of a recipe whose class is chosen by their ``name``."""
+    return {
+        key: mark
+        for key, field in RunConfig.model_fields.items()
+        for mark in field.metadata
+        if isinstance(mark, Section)
+    }
 
 
 def field_paths() -> list[str]:
@@ -86,7 +98,7 @@ def field_paths() -> list[str]:
     def walk(model: type[BaseModel], prefix: str) -> Iterable[str]:
         for name, field in model.model_fields.items():
             yield prefix + name
-            for part in _parts(field.annotation):
+            for part in _field_parts(field):
                 if _is_model(part):
                     yield from walk(part, f"{prefix}{name}.")
 
@@ -97,11 +109,22 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+def _field_parts(field: FieldInfo) -> list[Any]:
+    """Return the types that a field's value may have: all classes of a section that its ``name`` chooses."""
+    return _parts(Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation)  # type: ignore[valid-type]
+
+
 def _parts(annotation: Any) -> list[Any]:
-    """Split unions and ``Annotated`` into the types that they allow."""
+    """Split unions and ``Annotated`` into the types that they allow; names of a registry become a ``Literal``."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _parts(get_args(annotation)[0])
+        inner, *metadata = get_args(annotation)
+        for mark in metadata:
+            if isinstance(mark, Section):
+                return [*mark.classes().values(), *(part for part in _parts(inner) if part is type(None))]
+            if isinstance(mark, Choice):
+                return [Literal[tuple(mark.registry)], *(part for part in _parts(inner) if part is type(None))]
+        return _parts(inner)
     if origin in (Union, types.UnionType):
         return [part for argument in get_args(annotation) for part in _parts(argument)]
     return [annotation]
@@ -114,18 +137,9 @@ def _items(annotation: Any) -> list[Any]:
     return []
 
 
-def _path(loc: tuple[str | int, ...], tree: Node) -> KeyPath:
-    """Drop from pydantic's location what a recipe does not spell: the tag of the objective."""
-    if len(loc) >= 2 and loc[0] == "objective":
-        section = tree.find(("objective",))
-        if isinstance(section.value, dict) and section.child("name") and section.value["name"].value == loc[1]:
-            return (loc[0], *loc[2:])
-    return tuple(loc)
-
-
 def _explain(item: Any, tree: Node) -> str:
     """One line for one pydantic error."""
-    path = _path(item["loc"], tree)
+    path: KeyPath = tuple(item["loc"])
     node = tree.find(path)
     name = dotted(path) or "recipe"
     code = item["type"]
@@ -137,10 +151,10 @@ def _explain(item: Any, tree: Node) -> str:
         allowed = _describe_field(path)
         return f"{parent.source}: {name}: required, but not given{allowed}"
     if code == "union_tag_not_found":
-        return f"{node.source}: {name}.name: required, but not given. Allowed: {_tags(context)}"
+        return f"{node.source}: {name}.name: required, but not given. Allowed: {', '.join(_tags(context))}"
     if code == "union_tag_invalid":
         at = node.child("name") or node
-        tags = [tag.strip("' ") for tag in str(context.get("expected_tags", "")).split(",")]
+        tags = _tags(context)
         return (
             f"{at.source}: {name}.name: {_shown(at)} is not one of the allowed values."
             f"{did_you_mean(str(at.value), tags)} Allowed: {', '.join(tags)}"
@@ -177,8 +191,8 @@ def _unknown_key(path: KeyPath, node: Node, tree: Node) -> str:
     key = str(path[-1])
     parent = dotted(path[:-1])
     models = models_at(path[:-1])
-    chosen = tree.find((*path[:-1], "name")).value if len(models) > 1 else None
-    if chosen is not None:
+    if len(models) > 1:
+        chosen = tree.find((*path[:-1], "name")).value
         models = [model for model in models if model.model_fields["name"].default == chosen] or models
     allowed = sorted({name for model in models for name in model.model_fields})
     suggestion = nearest(key, allowed)
@@ -239,11 +253,8 @@ def _describe_field(path: KeyPath) -> str:
     return f" ({field.description})" if field is not None and field.description else ""
 
 
-def _tags(context: dict[str, Any]) -> str:
-    tags = context.get("expected_tags")
-    if tags:
-        return str(tags).replace("'", "")
-    return ", ".join(str(model.model_fields["name"].default) for model in models_at(("objective",)))
+def _tags(context: dict[str, Any]) -> list[str]:
+    return [tag.strip("' ") for tag in str(context["expected_tags"]).split(",")]
 
 
 def _named_in(message: str, path: KeyPath, node: Node, tree: Node) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distributed_at.accelerators import find_gpu
 from distributed_at.models.statistics import count_macs
-from distributed_at.observe.cost import recipe_units
+from distributed_at.observe.cost import config_units
 from distributed_at.planning import DATASETS, split_sizes
 from distributed_at.recipes import FOLDERS, RecipeEntry, group_by_table, list_recipes, recipe_root
 
@@ -64,7 +64,7 @@ def _gpu_hours(entry: RecipeEntry, gpu: str) -> str:
     train, _ = split_sizes(config.data)
     classes = config.data.num_classes or DATASETS[config.data.dataset][2]
     macs = count_macs(config.model, num_classes=classes, image_size=config.data.image_size)
-    flops = recipe_units(config.model_dump(mode="json")).total * 2.0 * macs * train * config.train.epochs
+    flops = config_units(config).total * 2.0 * macs * train * config.train.epochs
     hours = flops / (find_gpu(gpu).fp32.tflops * 1e12) / 3600
     return f"{float(f'{hours:.2g}'):,.0f}" if hours >= 1 else "under 1"
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from distributed_at.config import PaperConfig, RunConfig
 from distributed_at.errors import ConfigError, did_you_mean
-from distributed_at.recipe_errors import config_error, models_at, unknown_name
+from distributed_at.recipe_errors import chosen_sections, config_error, unknown_name
 from distributed_at.recipe_nodes import (
     Node,
     Source,
@@ -293,27 +293,24 @@ def _numbers(row: Node) -> Node:
 
 
 def _lay(base: Node, over: Node) -> Node:
-    """Merge, and drop what an objective of another name inherits but does not have."""
-    chosen = over.child("objective")
-    name = chosen.child("name") if chosen is not None else None
-    return merge(_switch_objective(base, name), over)
+    """Merge, and drop what a section of another name inherits but does not have."""
+    for key in chosen_sections():
+        section = over.child(key)
+        base = _switch_section(base, key, section.child("name") if section is not None else None)
+    return merge(base, over)
 
 
-def _switch_objective(base: Node, name: Node | None) -> Node:
-    objective = base.child("objective")
-    if name is None or objective is None or not isinstance(objective.value, dict):
+def _switch_section(base: Node, key: str, name: Node | None) -> Node:
+    section = base.child(key)
+    if name is None or section is None or not isinstance(section.value, dict):
         return base
-    current = objective.child("name")
-    if current is None or current.value == name.value:
+    chosen = chosen_sections()[key]
+    current = section.child("name")
+    if name.value == (chosen.default if current is None else current.value):
         return base
-    fields = {
-        field
-        for model in models_at(("objective",))
-        if model.model_fields["name"].default == name.value
-        for field in model.model_fields
-    }
-    kept = {key: child for key, child in objective.items() if key in fields}
-    return Node({**base.value, "objective": Node(kept, objective.source)}, base.source)
+    fields = chosen.classes()[name.value].model_fields if name.value in chosen.registry else {}
+    kept = {field: child for field, child in section.items() if field in fields}
+    return Node({**base.value, key: Node(kept, section.source)}, base.source)
 
 
 def _without(node: Node, key: str) -> Node:
@@ -345,8 +342,10 @@ def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
         path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
         parsed.append((path, parse_override_value(value, source)))
     for path, node in parsed:
-        name = node if path == ("objective", "name") else node.child("name") if path == ("objective",) else None
-        tree = _switch_objective(tree, name)
+        key = str(path[0])
+        if key in chosen_sections():
+            name = node if path == (key, "name") else node.child("name") if path == (key,) else None
+            tree = _switch_section(tree, key, name)
     for path, node in parsed:
         tree = replace_at(tree, path, node)
     return tree

@@ -1,7 +1,6 @@
 """White-box attacks on any network, usable without the rest of the package: ``from distributed_at.attacks import PGD``."""
 
 from distributed_at.attacks.iteration import make_iteration
-from distributed_at.attacks.labels import smooth_labels, smoothed_cross_entropy
 from distributed_at.attacks.losses import LOSSES, Goal, attack_loss
 from distributed_at.attacks.pgd import PGD
 from distributed_at.attacks.results import AttackResult, Trajectory
@@ -18,6 +17,4 @@ __all__ = [
     "attack_loss",
     "choose_targets",
     "make_iteration",
-    "smooth_labels",
-    "smoothed_cross_entropy",
 ]

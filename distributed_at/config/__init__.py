@@ -21,7 +21,7 @@ from distributed_at.config.base import (
 from distributed_at.config.data import AugmentConfig, DataConfig
 from distributed_at.config.evaluation import EvalAttackConfig, EvaluationConfig
 from distributed_at.config.model import ModelConfig
-from distributed_at.config.objective import MixtureConfig, ObjectiveConfig, PgdAtConfig, StandardConfig, TradesConfig
+from distributed_at.config.objective import ObjectiveSection
 from distributed_at.config.run import LogConfig, RunConfig
 from distributed_at.config.training import (
     CheckpointConfig,
@@ -47,19 +47,15 @@ __all__ = [
     "EvalAttackConfig",
     "EvaluationConfig",
     "LogConfig",
-    "MixtureConfig",
     "ModelConfig",
     "Norm",
-    "ObjectiveConfig",
+    "ObjectiveSection",
     "OptimizerConfig",
     "PaperConfig",
     "ParallelConfig",
-    "PgdAtConfig",
     "Pixels",
     "RunConfig",
     "ScheduleConfig",
-    "StandardConfig",
     "Strict",
-    "TradesConfig",
     "TrainConfig",
 ]

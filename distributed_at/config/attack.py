@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from distributed_at.config.base import AttackDtype, BnMode, Branch, Pixels, Strict
 
+REFERENCE_LOSSES = ("kl",)  # measured from the clean prediction, not from the label
+
 
 class AttackConfig(Strict):
     """The training attack, or one evaluation's. eps and step_size are in /255."""

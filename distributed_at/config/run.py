@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distributed_at.config.attack import AttackConfig
+from distributed_at.config.attack import REFERENCE_LOSSES, AttackConfig
 from distributed_at.config.base import PaperConfig, Strict
+from distributed_at.config.choice import Section
 from distributed_at.config.data import DataConfig
 from distributed_at.config.evaluation import EvaluationConfig
 from distributed_at.config.model import ModelConfig
-from distributed_at.config.objective import ObjectiveConfig
+from distributed_at.config.objective import ObjectiveSection
 from distributed_at.config.training import (
     CheckpointConfig,
     OptimizerConfig,
@@ -19,6 +20,7 @@ from distributed_at.config.training import (
     ScheduleConfig,
     TrainConfig,
 )
+from distributed_at.objectives import OBJECTIVES
 
 
 class LogConfig(Strict):
@@ -40,8 +42,10 @@ class RunConfig(Strict):
     paper: PaperConfig | None = None
     data: DataConfig
     model: ModelConfig
-    attack: AttackConfig | None = Field(default=None, description="the training attack; null for objective 'standard'")
-    objective: ObjectiveConfig
+    attack: AttackConfig | None = Field(
+        default=None, description="the training attack; null where the objective sees none"
+    )
+    objective: Annotated[ObjectiveSection, Section(OBJECTIVES)]
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
@@ -52,18 +56,7 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.objective.name == "standard" and self.attack is not None:
-            raise ValueError("objective 'standard' trains on clean images: remove attack, or set attack: null")
-        if self.objective.name != "standard" and self.attack is None:
-            raise ValueError(f"objective '{self.objective.name}' needs attack: {{eps, num_steps, step_size}}")
-        if self.objective.name == "trades" and self.attack is not None and self.attack.target != "none":
-            raise ValueError(
-                f"objective 'trades' maximises the divergence from the clean prediction and is untargeted; attack.target is '{self.attack.target}'"
-            )
-        if self.attack is not None and self.attack.loss == "kl" and self.objective.name not in ("trades",):
-            raise ValueError(
-                f"attack.loss 'kl' belongs to objective 'trades'; the objective is '{self.objective.name}'"
-            )
+        self._check_objective()
         late = [m for m in self.schedule.milestones if m >= self.train.epochs]
         if late:
             raise ValueError(
@@ -72,17 +65,6 @@ class RunConfig(Strict):
         if self.schedule.warmup_epochs >= self.train.epochs and self.schedule.warmup_epochs > 0:
             raise ValueError(
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} is not shorter than train.epochs {self.train.epochs:g}"
-            )
-        bn_only = self.train.bn_only
-        finetunes = {"clean": "standard", "adv": "pgd_at"}
-        if bn_only is not None and self.objective.name != finetunes[bn_only]:
-            raise ValueError(
-                f"train.bn_only '{bn_only}' finetunes on {bn_only} images alone: objective.name is "
-                f"'{finetunes[bn_only]}' there, got '{self.objective.name}'"
-            )
-        if self.model.norm == "mbn" and self.objective.name not in ("mixture", "trades") and bn_only is None:
-            raise ValueError(
-                f"model.norm 'mbn' needs an objective that trains both branches (mixture, trades); '{self.objective.name}' trains one"
             )
         if self.attack is not None and self.attack.branch == "clean" and self.model.norm != "mbn":
             raise ValueError("attack.branch 'clean' exists for model.norm 'mbn' alone")
@@ -103,3 +85,40 @@ class RunConfig(Strict):
         if self.evaluation.validation and self.data.validation_size == 0:
             raise ValueError("evaluation.validation needs data.validation_size > 0: a held-out part of train")
         return self
+
+    def _check_objective(self) -> None:
+        """Ask the objective what it needs and what it trains."""
+        section, name = self.objective, self.objective.name
+        objective = OBJECTIVES[name]
+        if objective.needs(section).attack == "none" and self.attack is not None:
+            raise ValueError(
+                f"objective '{name}' trains on {' and '.join(objective.branches)} images: remove attack, or set attack: null"
+            )
+        if objective.needs(section).attack != "none" and self.attack is None:
+            raise ValueError(f"objective '{name}' needs attack: {{eps, num_steps, step_size}}")
+        refusal = objective.refuse(self)
+        if refusal is not None:
+            raise ValueError(refusal)
+        loss = self.attack.loss if self.attack is not None else "ce"
+        if loss in REFERENCE_LOSSES and loss not in objective.attack_losses:
+            fitting = [other for other in OBJECTIVES if loss in OBJECTIVES[other].attack_losses]
+            raise ValueError(
+                f"attack.loss '{loss}' is measured from the clean prediction and belongs to objectives that train on it "
+                f"({', '.join(fitting)}); the objective is '{name}'"
+            )
+        trained, bn_only = objective.trains(section), self.train.bn_only
+        if bn_only is not None and trained != (bn_only,):
+            raise ValueError(
+                f"train.bn_only '{bn_only}' finetunes on {bn_only} images alone; objective.name '{name}' trains on "
+                f"{' and '.join(trained)} images: use {' or '.join(_training(bn_only))}"
+            )
+        if self.model.norm == "mbn" and len(trained) < 2 and bn_only is None:
+            raise ValueError(
+                f"model.norm 'mbn' needs an objective that trains both branches ({', '.join(_training('clean', 'adv'))}); "
+                f"'{name}' trains {' and '.join(trained)} alone"
+            )
+
+
+def _training(*branches: str) -> list[str]:
+    """Return the objectives that train exactly these branches, by name."""
+    return [name for name in OBJECTIVES if set(OBJECTIVES[name].branches) == set(branches)]

@@ -95,6 +95,18 @@ class BatchPlan:
             ranks_per_group=ranks_per_group,
         )
 
+    def require_whole_groups(self, why: str) -> None:
+        """Refuse a world size at which ranks share a batch-norm group; ``why`` says what needs it whole, "" nothing.
+
+        Raises:
+            ConfigError: they do; names the most workers at which they do not.
+        """
+        if why and self.ranks_per_group > 1:
+            raise ConfigError(
+                f"{why}, but a group of {self.group_size} spans {self.ranks_per_group} ranks here: use at most "
+                f"{self.batch_size // self.group_size} workers"
+            )
+
     @property
     def groups_per_step(self) -> int:
         """Batch-norm groups of a full step over all ranks."""

@@ -32,10 +32,9 @@ from distributed_at.engine.regions import count_convolutions
 from distributed_at.engine.runfolder import RunFolder
 from distributed_at.engine.schedules import Schedules
 from distributed_at.engine.twin import Twin
-from distributed_at.errors import ConfigError
 from distributed_at.models import build_model, measure
 from distributed_at.models.norm import MixtureBatchNorm, bn_layers, norm_layers, set_group_size, set_process_group
-from distributed_at.objectives import Objective, build_objective
+from distributed_at.objectives import OBJECTIVES, Objective, ObjectiveContext, build_objective
 
 
 @dataclass
@@ -127,12 +126,6 @@ def set_groups(module: nn.Module, objective: Objective, plan: BatchPlan) -> None
 
 def synchronise_groups(module: nn.Module, config: RunConfig, plan: BatchPlan, world: World) -> None:
     """Let ranks that share one BN group normalise together (collective: every rank calls it)."""
-    if plan.ranks_per_group > 1 and config.objective.name == "mixture" and config.objective.clean_ratio < 1:
-        raise ConfigError(
-            f"objective.clean_ratio {config.objective.clean_ratio:g} chooses its clean images inside a BN group, but a "
-            f"group of {plan.group_size} spans {plan.ranks_per_group} ranks here: use at most "
-            f"{plan.batch_size // plan.group_size} workers"
-        )
     if config.model.sync_bn and world.world_size > 1:
         set_process_group(module, cast(dist.ProcessGroup, dist.group.WORLD))
     elif plan.ranks_per_group > 1:
@@ -179,6 +172,7 @@ def build_parts(
         micro_batch_size=config.train.micro_batch_size,
         bn_group_size=config.train.bn_group_size,
     )
+    plan.require_whole_groups(OBJECTIVES[config.objective.name].needs(config.objective).whole_groups)
     source = open_split(config.data, "train", seed=config.seed, warn=warn)
     order = StepOrder(
         source.num_samples,
@@ -192,13 +186,13 @@ def build_parts(
     initial_weights = begin_from(module, config, world, folder) if folder is not None else None
     module = module.to(world.device)
     keep_trainable(module, config)
-    objective = build_objective(
-        config.objective,
+    context = ObjectiveContext(
         num_classes=num_classes,
         seed=config.seed,
-        norm=config.model.norm,
+        shared_statistics=config.model.norm == "bn",
         attack_branch=config.attack.branch if config.attack is not None else "adv",
     )
+    objective = build_objective(config.objective, context)
     set_groups(module, objective, plan)
     synchronise_groups(module, config, plan, world)
     schedules = Schedules.from_config(config, order.steps_per_epoch)

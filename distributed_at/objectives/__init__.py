@@ -1,59 +1,70 @@
-"""What one training step minimises, one file each; ``OBJECTIVES`` maps a recipe's name to its class."""
+"""What one training step minimises, one file each: its section of a recipe, its facts and its loss.
+
+Importing this, or an objective's file, does not import torch, so that a recipe is read without it.
+"""
 
 from __future__ import annotations
 
-from distributed_at.config import MixtureConfig, Norm, PgdAtConfig, StandardConfig, TradesConfig
-from distributed_at.objectives.base import BranchName, Forward, Objective, Terms
-from distributed_at.objectives.mixture import Mixture
-from distributed_at.objectives.pgd_at import PgdAt
-from distributed_at.objectives.standard import Standard
-from distributed_at.objectives.trades import Trades
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "standard": Standard,
-    "pgd_at": PgdAt,
-    "trades": Trades,
-    "mixture": Mixture,
-}
+from pydantic import ValidationError
+
+from distributed_at.registry import Registry
+
+if TYPE_CHECKING:
+    from distributed_at.objectives.base import Objective
+
+# before the other imports: the schema of a run, which they import, asks for it
+OBJECTIVES: Registry[type[Objective]] = Registry(
+    "objective",
+    field="objective.name",
+    builtin={
+        "standard": "distributed_at.objectives.standard:Standard",
+        "pgd_at": "distributed_at.objectives.pgd_at:PgdAt",
+        "trades": "distributed_at.objectives.trades:Trades",
+        "mixture": "distributed_at.objectives.mixture:Mixture",
+    },
+)
+
+from distributed_at.config.objective import ObjectiveSection  # noqa: E402
+from distributed_at.objectives.base import (  # noqa: E402
+    BranchName,
+    Forward,
+    Needs,
+    Objective,
+    ObjectiveContext,
+    Passes,
+    Terms,
+)
 
 
-def build_objective(
-    config: StandardConfig | PgdAtConfig | TradesConfig | MixtureConfig,
-    *,
-    num_classes: int,
-    seed: int,
-    norm: Norm = "bn",
-    attack_branch: BranchName = "adv",
-) -> Objective:
-    """Build the objective of a recipe.
+def build_objective(config: ObjectiveSection, context: ObjectiveContext) -> Objective:
+    """Build the objective of a recipe from its section."""
+    return OBJECTIVES[config.name](config, context)
 
-    Args:
-        config: the recipe's objective section.
-        num_classes: K of the classifier.
-        seed: the run's seed, for choices made by counters.
-        norm: the network's normalisation, which decides whether clean and adversarial images share a forward.
-        attack_branch: ``attack.branch`` of the recipe.
-    """
-    if num_classes < 2:
-        raise ValueError(f"an objective needs at least 2 classes, got {num_classes}")
-    if isinstance(config, StandardConfig):
-        return Standard.from_config(config)
-    if isinstance(config, PgdAtConfig):
-        return PgdAt.from_config(config, attack_branch=attack_branch)
-    if isinstance(config, TradesConfig):
-        return Trades.from_config(config, attack_branch=attack_branch)
-    return Mixture.from_config(config, seed=seed, norm=norm, attack_branch=attack_branch)
+
+def recorded_objective(section: Mapping[str, Any]) -> tuple[type[Objective], ObjectiveSection] | None:
+    """Return the objective and typed section of a run's recorded recipe; None where they are not known here."""
+    name = section.get("name")
+    if name not in OBJECTIVES:
+        return None
+    objective = OBJECTIVES[str(name)]
+    try:
+        return objective, objective.Config.model_validate(dict(section), strict=False)
+    except ValidationError:  # of another version
+        return None
 
 
 __all__ = [
     "OBJECTIVES",
     "BranchName",
     "Forward",
-    "Mixture",
+    "Needs",
     "Objective",
-    "PgdAt",
-    "Standard",
+    "ObjectiveContext",
+    "Passes",
     "Terms",
-    "Trades",
     "build_objective",
+    "recorded_objective",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from pydantic import Field, model_validator
 
-from distributed_at import rng
-from distributed_at.attacks.labels import SmoothingForm, smoothed_cross_entropy
-from distributed_at.batch import Batch
-from distributed_at.config import MixtureConfig, Norm
-from distributed_at.objectives.base import BranchName, Forward, Objective, Terms, required_adv
+from distributed_at.config.objective import ObjectiveSection
+from distributed_at.lazy import F, torch
+from distributed_at.objectives.base import BranchName, Forward, Needs, Objective, Passes, Terms, required_adv
+from distributed_at.objectives.labels import SmoothingForm, smoothed_cross_entropy
+
+if TYPE_CHECKING:
+    from distributed_at.batch import Batch
 
 
 class Mixture(Objective):
@@ -28,70 +30,85 @@ class Mixture(Objective):
     over the batch.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        norm: Norm = "bn",
-        clean_ratio: float = 1.0,
-        weighting: Literal["alpha", "samples"] = "alpha",
-        alpha: float = 0.5,
-        logit_pairing: float = 0.0,
-        logit_pairing_form: Literal["mse_mean", "l2_sum"] = "mse_mean",
-        label_smoothing: float = 0.0,
-        label_smoothing_form: SmoothingForm = "uniform",
-        attack_branch: BranchName = "adv",
-    ) -> None:
-        self.seed, self.norm = seed, norm
-        self.clean_ratio, self.weighting, self.alpha = clean_ratio, weighting, alpha
-        self.logit_pairing, self.logit_pairing_form = logit_pairing, logit_pairing_form
-        self.label_smoothing, self.label_smoothing_form = label_smoothing, label_smoothing_form
-        self.attack_branch = attack_branch
+    class Config(ObjectiveSection):
+        """Adversarial plus a share of the clean counterparts, one BN, MBN or GN, with optional logit pairing (Xie & Yuille)."""
+
+        name: Literal["mixture"] = "mixture"
+        clean_ratio: float = Field(
+            default=1.0,
+            ge=0,
+            le=1,
+            description="share of the batch whose clean counterpart is kept, chosen by counters",
+        )
+        weighting: Literal["alpha", "samples"] = Field(
+            default="alpha",
+            description="'alpha' = alpha * mean(clean) + (1 - alpha) * mean(adv); 'samples' = mean over all samples",
+        )
+        alpha: float = Field(default=0.5, ge=0, le=1)
+        logit_pairing: float = Field(default=0.0, ge=0, description="weight of adversarial logit pairing")
+        logit_pairing_form: Literal["mse_mean", "l2_sum"] = "mse_mean"
+        label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+        label_smoothing_form: SmoothingForm = "uniform"
+
+        @model_validator(mode="after")
+        def _pairs(self) -> Mixture.Config:
+            if self.logit_pairing > 0 and self.clean_ratio < 1:
+                raise ValueError(
+                    f"logit_pairing pairs every adversarial image with its clean one: clean_ratio must be 1, got {self.clean_ratio:g}"
+                )
+            return self
+
+    config: Config
+    title = "adversarial + clean mixture"
+    source = "Xie & Yuille, Intriguing properties of adversarial training at scale, ICLR 2020"
 
     @classmethod
-    def from_config(
-        cls, config: MixtureConfig, *, seed: int, norm: Norm = "bn", attack_branch: BranchName = "adv"
-    ) -> Mixture:
-        return cls(
-            seed=seed,
-            norm=norm,
-            clean_ratio=config.clean_ratio,
-            weighting=config.weighting,
-            alpha=config.alpha,
-            logit_pairing=config.logit_pairing,
-            logit_pairing_form=config.logit_pairing_form,
-            label_smoothing=config.label_smoothing,
-            label_smoothing_form=config.label_smoothing_form,
-            attack_branch=attack_branch,
+    def trains(cls, config: Config) -> tuple[BranchName, ...]:
+        return cls.branches if config.clean_ratio > 0 else ("adv",)
+
+    @classmethod
+    def needs(cls, config: Config) -> Needs:
+        if config.clean_ratio == 1:
+            return Needs()
+        return Needs(
+            whole_groups=f"objective.clean_ratio {config.clean_ratio:g} chooses its clean images inside a BN group"
         )
+
+    @classmethod
+    def passes(cls, config: Config) -> Passes:
+        return Passes(trained={"clean": config.clean_ratio, "adv": 1.0})
+
+    @classmethod
+    def clean_share(cls, config: Config) -> float | None:
+        return config.clean_ratio
+
+    @classmethod
+    def extras(cls, config: Config) -> tuple[str, ...]:
+        return ("ALP",) if config.logit_pairing > 0 else ()
 
     def bn_group_sizes(self, group_size: int) -> dict[BranchName, int]:
         """Return BN's samples a branch: with one BN the group of the mixture, with "mbn" each branch's own."""
-        kept = kept_count(group_size, self.clean_ratio)
-        if self.norm == "bn":
+        kept = kept_count(group_size, self.config.clean_ratio)
+        if self.context.shared_statistics:
             return {"clean": group_size + kept, "adv": group_size + kept}
         return {"clean": max(kept, 1), "adv": group_size}
 
     def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
         """Return the mixture's loss over the micro-batch, which must hold whole BN groups where clean_ratio < 1."""
+        c = self.config
         adv = required_adv(adv, batch)
         rows = self.clean_rows(batch)
         clean_logits, adv_logits = self._logits(forward, batch, adv, rows)
         adv_losses = self._cross_entropy(adv_logits, batch.labels)
         clean_losses = self._cross_entropy(clean_logits, batch.labels[rows])
-        adv_loss = adv_losses.mean()
-        terms = {"adv_loss": adv_loss.detach()}
+        terms = {"adv_loss": adv_losses.mean().detach()}
+        loss = mixed_mean(clean_losses, adv_losses, c.alpha, weighting=c.weighting)
         if len(rows) == 0:
-            return Terms(adv_loss, terms, {"adv": adv_logits.detach()}, rows)
-        clean_loss = clean_losses.mean()
-        if self.weighting == "alpha":
-            loss = self.alpha * clean_loss + (1.0 - self.alpha) * adv_loss
-        else:
-            loss = (clean_losses.sum() + adv_losses.sum()) / (len(clean_losses) + len(adv_losses))
-        terms["clean_loss"] = clean_loss.detach()
-        if self.logit_pairing > 0:
-            pairing = pairing_loss(clean_logits, adv_logits[rows], self.logit_pairing_form)
-            loss = loss + self.logit_pairing * pairing
+            return Terms(loss, terms, {"adv": adv_logits.detach()}, rows)
+        terms["clean_loss"] = clean_losses.mean().detach()
+        if c.logit_pairing > 0:
+            pairing = pairing_loss(clean_logits, adv_logits[rows], c.logit_pairing_form)
+            loss = loss + c.logit_pairing * pairing
             terms["logit_pairing"] = pairing.detach()
         logits = {"clean": clean_logits.detach(), "adv": adv_logits.detach()}
         return Terms(loss, terms, logits, None if len(rows) == len(batch) else rows)
@@ -104,7 +121,7 @@ class Mixture(Objective):
             adv_logits = forward(adv, branch="adv")
             return adv_logits[:0], adv_logits
         clean = batch.images if len(rows) == len(batch) else batch.images[rows]
-        if self.norm != "bn":
+        if not self.context.shared_statistics:
             return forward(clean, branch="clean"), forward(adv, branch="adv")
         # one forward; each BN group's clean and adversarial images lie together, so a chunk of BN is one mixed group
         groups = torch.cat([batch.group_ids[rows], batch.group_ids])
@@ -118,19 +135,49 @@ class Mixture(Objective):
 
         A function of seed, epoch and the group's sample ids alone, so the same at every world size.
         """
-        if self.clean_ratio >= 1:
+        if self.config.clean_ratio >= 1:
             return torch.arange(len(batch), device=batch.ids.device)
-        draw = rng.words(self.seed, rng.Purpose.CLEAN_SUBSET, batch.epoch, batch.ids, 1)[:, 0]
+        from distributed_at import rng
+
+        draw = rng.words(self.context.seed, rng.Purpose.CLEAN_SUBSET, batch.epoch, batch.ids, 1)[:, 0]
         same = batch.group_ids[:, None] == batch.group_ids[None, :]  # (N, N)
         earlier = (draw[None, :] < draw[:, None]) | (
             (draw[None, :] == draw[:, None]) & (batch.ids[None, :] < batch.ids[:, None])
         )
         place = (same & earlier).sum(dim=1)
-        kept = (same.sum(dim=1).to(torch.float64) * self.clean_ratio + 0.5).floor()
+        kept = (same.sum(dim=1).to(torch.float64) * self.config.clean_ratio + 0.5).floor()
         return torch.nonzero(place < kept)[:, 0]
 
     def _cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return smoothed_cross_entropy(logits, labels, self.label_smoothing, form=self.label_smoothing_form)
+        return smoothed_cross_entropy(
+            logits, labels, self.config.label_smoothing, form=self.config.label_smoothing_form
+        )
+
+
+def mixture_loss(
+    clean_logits: torch.Tensor,
+    adv_logits: torch.Tensor,
+    clean_labels: torch.Tensor,
+    labels: torch.Tensor,
+    alpha: float = 0.5,
+    *,
+    weighting: Literal["alpha", "samples"] = "alpha",
+) -> torch.Tensor:
+    """Return the scalar loss of logits of the kept clean images (M, K) and the adversarial ones (N, K)."""
+    clean_losses = F.cross_entropy(clean_logits, clean_labels, reduction="none")
+    adv_losses = F.cross_entropy(adv_logits, labels, reduction="none")
+    return mixed_mean(clean_losses, adv_losses, alpha, weighting=weighting)
+
+
+def mixed_mean(
+    clean_losses: torch.Tensor, adv_losses: torch.Tensor, alpha: float, *, weighting: Literal["alpha", "samples"]
+) -> torch.Tensor:
+    """Return the scalar mean of losses (M,) and (N,) by one of ``Mixture``'s weightings; that of (N,) where M is 0."""
+    if len(clean_losses) == 0:
+        return adv_losses.mean()
+    if weighting == "alpha":
+        return alpha * clean_losses.mean() + (1.0 - alpha) * adv_losses.mean()
+    return (clean_losses.sum() + adv_losses.sum()) / (len(clean_losses) + len(adv_losses))
 
 
 def kept_count(group_size: int, clean_ratio: float) -> int:

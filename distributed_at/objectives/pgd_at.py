@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
 
-from distributed_at.attacks.labels import SmoothingForm, smoothed_cross_entropy
-from distributed_at.batch import Batch
-from distributed_at.config import PgdAtConfig
-from distributed_at.objectives.base import BranchName, Forward, Objective, Terms, required_adv
+from pydantic import Field
+
+from distributed_at.config.objective import ObjectiveSection
+from distributed_at.objectives.base import Forward, Objective, Passes, Terms, required_adv
+from distributed_at.objectives.labels import SmoothingForm, smoothed_cross_entropy
+
+if TYPE_CHECKING:
+    import torch
+
+    from distributed_at.batch import Batch
 
 
 class PgdAt(Objective):
@@ -18,45 +24,59 @@ class PgdAt(Objective):
     al.'s code, "Bag of tricks", table 7 is confounded by it). 0 trains on what the loss sees.
     """
 
-    def __init__(
-        self,
-        *,
-        label_smoothing: float = 0.0,
-        label_smoothing_form: SmoothingForm = "uniform",
-        bn_clean_updates_per_step: int = 0,
-        attack_branch: BranchName = "adv",
-    ) -> None:
-        self.label_smoothing, self.label_smoothing_form = label_smoothing, label_smoothing_form
-        self.bn_clean_updates_per_step = bn_clean_updates_per_step
-        self.attack_branch = attack_branch
+    class Config(ObjectiveSection):
+        """Madry-style adversarial training: cross-entropy on adversarial images."""
+
+        name: Literal["pgd_at"] = "pgd_at"
+        label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+        label_smoothing_form: SmoothingForm = Field(
+            default="uniform",
+            description="'uniform' = s/K on every class (TF, torch); 'other_classes' = s/(K-1) on the wrong ones (Pang et al.'s code)",
+        )
+        bn_clean_updates_per_step: int = Field(
+            default=0,
+            ge=0,
+            le=2,
+            description="extra clean forwards that only move BN statistics, as the Bag-of-tricks code does",
+        )
+
+    config: Config
+    title = "PGD adversarial training"
+    source = "Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018"
+    branches = ("adv",)
 
     @classmethod
-    def from_config(cls, config: PgdAtConfig, *, attack_branch: BranchName = "adv") -> PgdAt:
-        return cls(
-            label_smoothing=config.label_smoothing,
-            label_smoothing_form=config.label_smoothing_form,
-            bn_clean_updates_per_step=config.bn_clean_updates_per_step,
-            attack_branch=attack_branch,
-        )
+    def passes(cls, config: Config) -> Passes:
+        return Passes(trained={"adv": 1.0}, watched=float(config.bn_clean_updates_per_step))
+
+    @classmethod
+    def clean_share(cls, config: Config) -> float | None:
+        return 0.0
 
     def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
         """Return the mean loss over adversarial images; labels may be smoothed here, never in the attack."""
+        c, branch = self.config, self.context.attack_branch
         adv = required_adv(adv, batch)
-        adv_logits = forward(adv, branch=self.attack_branch)
-        loss = smoothed_cross_entropy(
-            adv_logits, batch.labels, self.label_smoothing, form=self.label_smoothing_form
-        ).mean()
+        adv_logits = forward(adv, branch=branch)
+        loss = pgd_at_loss(adv_logits, batch.labels, c.label_smoothing, form=c.label_smoothing_form)
         logits = {"adv": adv_logits.detach()}
-        if self.bn_clean_updates_per_step == 2:
+        if c.bn_clean_updates_per_step == 2:
             # after the adversarial forward and before the optimiser's step, the order of that code
-            logits["clean"] = forward(batch.images, branch=self.attack_branch, grad=False).detach()
+            logits["clean"] = forward(batch.images, branch=branch, grad=False).detach()
         return Terms(loss, {"adv_loss": loss.detach()}, logits)
 
     @property
     def has_after_step(self) -> bool:
-        return self.bn_clean_updates_per_step > 0
+        return self.config.bn_clean_updates_per_step > 0
 
     def after_step(self, forward: Forward, batch: Batch) -> None:
         """Move BN's running statistics by one clean forward with the new weights, where the recipe asks for it."""
         if self.has_after_step:
-            forward(batch.images, branch=self.attack_branch, grad=False)
+            forward(batch.images, branch=self.context.attack_branch, grad=False)
+
+
+def pgd_at_loss(
+    adv_logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, *, form: SmoothingForm = "uniform"
+) -> torch.Tensor:
+    """Return the scalar loss of the adversarial images' logits (N, K) and labels (N,)."""
+    return smoothed_cross_entropy(adv_logits, labels, label_smoothing, form=form).mean()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.nn.functional as F
+from pydantic import Field
 
-from distributed_at.attacks.labels import SmoothingForm, smoothed_cross_entropy
-from distributed_at.batch import Batch
-from distributed_at.config import TradesConfig
-from distributed_at.objectives.base import BranchName, Forward, Objective, Terms, required_adv
+from distributed_at.config.objective import ObjectiveSection
+from distributed_at.lazy import F
+from distributed_at.objectives.base import Forward, Objective, Passes, Terms, required_adv
+from distributed_at.objectives.labels import SmoothingForm, smoothed_cross_entropy
+
+if TYPE_CHECKING:
+    import torch
+
+    from distributed_at.batch import Batch
+    from distributed_at.config import RunConfig
 
 
 class Trades(Objective):
@@ -23,48 +28,79 @@ class Trades(Objective):
     and move nothing, so running statistics see adversarial images alone (Gowal et al.'s code).
     """
 
-    def __init__(
-        self,
-        *,
-        beta: float = 6.0,
-        label_smoothing: float = 0.0,
-        label_smoothing_form: SmoothingForm = "uniform",
-        clean_forwards: Literal["once", "twice"] = "once",
-        clean_bn: Literal["update", "batch"] = "update",
-        attack_branch: BranchName = "adv",
-    ) -> None:
-        self.beta = beta
-        self.label_smoothing, self.label_smoothing_form = label_smoothing, label_smoothing_form
-        self.clean_forwards, self.clean_bn = clean_forwards, clean_bn
-        self.attack_branch = attack_branch
+    class Config(ObjectiveSection):
+        """TRADES: CE(clean) + beta * KL(p_clean || p_adv), gradient through both (TRADES' code)."""
+
+        name: Literal["trades"] = "trades"
+        beta: float = Field(default=6.0, ge=0)
+        label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+        label_smoothing_form: SmoothingForm = "uniform"
+        clean_forwards: Literal["once", "twice"] = Field(
+            default="once",
+            description="'twice' = a second train-mode clean forward for the KL target, as the TRADES code",
+        )
+        clean_bn: Literal["update", "batch"] = Field(
+            default="update",
+            description="'batch' = the clean forward does not move running statistics (Gowal et al.'s code)",
+        )
+
+    config: Config
+    title = "TRADES"
+    source = "Zhang et al., Theoretically principled trade-off between robustness and accuracy, ICML 2019"
+    attack_losses = ("kl",)
 
     @classmethod
-    def from_config(cls, config: TradesConfig, *, attack_branch: BranchName = "adv") -> Trades:
-        return cls(
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
-            label_smoothing_form=config.label_smoothing_form,
-            clean_forwards=config.clean_forwards,
-            clean_bn=config.clean_bn,
-            attack_branch=attack_branch,
-        )
+    def passes(cls, config: Config) -> Passes:
+        return Passes(trained={"clean": 2.0 if config.clean_forwards == "twice" else 1.0, "adv": 1.0})
+
+    @classmethod
+    def refuse(cls, run: RunConfig) -> str | None:
+        if run.attack is not None and run.attack.target != "none":
+            return (
+                "objective 'trades' maximises the divergence from the clean prediction and is untargeted; "
+                f"attack.target is '{run.attack.target}'"
+            )
+        return None
 
     def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
         """Return CE(clean) + beta * KL over the micro-batch."""
+        c = self.config
         adv = required_adv(adv, batch)
-        bn: Literal["train", "batch"] = "train" if self.clean_bn == "update" else "batch"
+        bn: Literal["train", "batch"] = "train" if c.clean_bn == "update" else "batch"
         clean_logits = forward(batch.images, branch="clean", bn=bn)
         adv_logits = forward(adv, branch="adv")
-        paired = forward(batch.images, branch="clean", bn=bn) if self.clean_forwards == "twice" else clean_logits
-        clean_loss = smoothed_cross_entropy(
-            clean_logits, batch.labels, self.label_smoothing, form=self.label_smoothing_form
-        ).mean()
-        divergence = kl_divergence(paired, adv_logits).mean()
+        paired = forward(batch.images, branch="clean", bn=bn) if c.clean_forwards == "twice" else clean_logits
+        clean_loss, divergence = trades_terms(
+            clean_logits, adv_logits, batch.labels, c.label_smoothing, form=c.label_smoothing_form, paired_logits=paired
+        )
         return Terms(
-            clean_loss + self.beta * divergence,
+            clean_loss + c.beta * divergence,
             {"clean_loss": clean_loss.detach(), "kl": divergence.detach()},
             {"clean": clean_logits.detach(), "adv": adv_logits.detach()},
         )
+
+
+def trades_loss(
+    clean_logits: torch.Tensor, adv_logits: torch.Tensor, labels: torch.Tensor, beta: float = 6.0
+) -> torch.Tensor:
+    """Return the scalar loss of logits (N, K), clean and adversarial, and labels (N,)."""
+    clean_loss, divergence = trades_terms(clean_logits, adv_logits, labels)
+    return clean_loss + beta * divergence
+
+
+def trades_terms(
+    clean_logits: torch.Tensor,
+    adv_logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    *,
+    form: SmoothingForm = "uniform",
+    paired_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scalars CE(clean) and KL; ``paired_logits`` (N, K) are the clean ones that the KL looks at."""
+    clean_loss = smoothed_cross_entropy(clean_logits, labels, label_smoothing, form=form).mean()
+    paired = clean_logits if paired_logits is None else paired_logits
+    return clean_loss, kl_divergence(paired, adv_logits).mean()
 
 
 def kl_divergence(clean_logits: torch.Tensor, adv_logits: torch.Tensor) -> torch.Tensor:

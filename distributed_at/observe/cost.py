@@ -9,7 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from distributed_at.objectives import OBJECTIVES, Passes, recorded_objective
+
+if TYPE_CHECKING:
+    from distributed_at.config import RunConfig
 
 FORWARD = 1.0
 INPUT_GRADIENT = 1.0  # backward through the activations alone
@@ -41,30 +46,35 @@ def attack_units(num_steps: int, *, restarts: int = 1, loss: str = "ce") -> floa
     return restarts * num_steps * ATTACK_STEP + choose + (FORWARD if loss == "kl" else 0.0)
 
 
-def recipe_units(recipe: Mapping[str, Any]) -> Units:
-    """Return the forward-equivalents that one training image costs under a resolved recipe (as ``recipe.yaml``).
+def config_units(config: RunConfig) -> Units:
+    """Return the forward-equivalents that one training image costs under a recipe.
 
-    standard 3; PGD-K 2K + 3; TRADES and full clean counterparts 2K + 6; a share of clean counterparts pays its share.
+    The objective says its own passes: standard 3; PGD-K 2K + 3; TRADES and full clean counterparts 2K + 6.
     """
-    objective = recipe.get("objective") or {}
-    attack = recipe.get("attack") or {}
-    name = objective.get("name", "standard")
+    passes = OBJECTIVES[config.objective.name].passes(config.objective)
+    attack = None if config.attack is None else config.attack.model_dump()
+    return _units(passes, attack, config.model.model_dump())
+
+
+def recipe_units(recipe: Mapping[str, Any]) -> Units | None:
+    """Return ``config_units`` of a run's recorded recipe; None where its objective is not known here."""
+    found = recorded_objective(recipe.get("objective") or {})
+    if found is None:
+        return None
+    objective, section = found
+    return _units(objective.passes(section), recipe.get("attack"), recipe.get("model") or {})
+
+
+def _units(passes: Passes, attack: Mapping[str, Any] | None, model: Mapping[str, Any]) -> Units:
     one_pass = TRAIN_PASS
-    if (recipe.get("model") or {}).get("activation_checkpointing"):
+    if model.get("activation_checkpointing"):
         one_pass += FORWARD  # activations are computed a second time in the backward pass
     spent = 0.0
-    if attack and name != "standard":
+    if attack:
         spent = attack_units(
             int(attack.get("num_steps", 0)), restarts=int(attack.get("restarts", 1)), loss=attack.get("loss", "ce")
         )
-    passes = one_pass
-    if name == "pgd_at":
-        passes += FORWARD * int(objective.get("bn_clean_updates_per_step", 0))
-    elif name == "trades":
-        passes += one_pass * (2 if objective.get("clean_forwards") == "twice" else 1)
-    elif name == "mixture":
-        passes += one_pass * float(objective.get("clean_ratio", 1.0))
-    return Units(attack=spent, train=passes)
+    return Units(attack=spent, train=one_pass * passes.total_trained + FORWARD * passes.watched)
 
 
 def forward_flops(model: Any, *, image_size: int, channels: int = 3) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from distributed_at import rng
-from distributed_at.config import PgdAtConfig
+from distributed_at.objectives.pgd_at import PgdAt
 from tests.conformance.networks import images, labels, network
 from tests.conformance.product import Product
 
@@ -28,16 +28,16 @@ def ranks_of_all_nodes_share_the_batch(product: Product) -> None:
 
 def resumed_training_continues_bitwise(product: Product) -> None:
     x, y = images(24), labels(24)
-    whole = product.loops.train(network(), x, y, PgdAtConfig(), steps=5)
-    half = product.loops.train(network(), x, y, PgdAtConfig(), steps=3)
-    resumed = product.loops.train(network(seed=9), x, y, PgdAtConfig(), steps=5, state=copy.deepcopy(half))
+    whole = product.loops.train(network(), x, y, PgdAt.Config(), steps=5)
+    half = product.loops.train(network(), x, y, PgdAt.Config(), steps=3)
+    resumed = product.loops.train(network(seed=9), x, y, PgdAt.Config(), steps=5, state=copy.deepcopy(half))
     for name, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][name]), f"{name} differs after resuming"
 
 
 def running_statistics_come_from_the_loss_alone(product: Product) -> None:
     x, y = images(24), labels(24)
-    state = product.loops.train(network(), x, y, PgdAtConfig(), steps=3)
+    state = product.loops.train(network(), x, y, PgdAt.Config(), steps=3)
     counted = int(state["model"]["1.num_batches_tracked"])
     assert counted == 3, f"{counted} forwards moved BN in 3 steps of adversarial training"
 

@@ -16,7 +16,7 @@ from torch import nn
 from distributed_at import rng
 from distributed_at.attacks import PGD, Threat
 from distributed_at.batch import Batch
-from distributed_at.objectives import build_objective
+from distributed_at.objectives import ObjectiveContext, build_objective
 
 ATTACK = PGD(threat=Threat("linf", 8 / 255), num_steps=2, step_size=4 / 255)
 
@@ -41,7 +41,7 @@ def train(model: nn.Module, images, labels, config, *, steps: int, state: dict |
     state = state if state is not None else initial_state(model)
     momentum = {n: m.clone() for n, m in state["momentum"].items()}
     model.load_state_dict(state["model"])
-    objective = build_objective(config, num_classes=5, seed=seed)
+    objective = build_objective(config, ObjectiveContext(num_classes=5, seed=seed))
     per_epoch = len(images) // 6
 
     def forward(x, branch="adv", bn="train", grad=True):

@@ -1,82 +1,23 @@
-"""Bugs planted in a copy of the objectives and of the loops around them."""
+"""Bugs planted in what objectives share, and in a copy of the loops around them."""
 
 from tests.conformance.product import Mutation
 
-PGD_AT, TRADES, MIXTURE = "objectives/pgd_at.py", "objectives/trades.py", "objectives/mixture.py"
 LOOPS = "loops.py"
 
-_ADV = "        adv_logits = forward(adv, branch=self.attack_branch)\n"
-
 MUTATIONS = [
-    Mutation(
-        "train-mode clean forward poisons BN statistics", PGD_AT, _ADV,
-        _ADV + "        forward(batch.images, branch=self.attack_branch, grad=False)\n",
-        "adversarial_training_moves_bn_once",
-    ),
-    Mutation(
-        "trained on clean images", PGD_AT, "        adv = required_adv(adv, batch)\n", "        adv = batch.images\n",
-        "adversarial_training_moves_bn_once",
-    ),
     Mutation(
         "training gradient flows into the attack", "objectives/base.py", "    return adv.detach()\n", "    return adv\n",
         "attack_gets_no_training_gradient",
     ),
     Mutation(
-        "sum instead of mean over the batch", PGD_AT, "form=self.label_smoothing_form\n        ).mean()",
-        "form=self.label_smoothing_form\n        ).sum()", "adversarial_loss_is_plain_cross_entropy",
-    ),
-    Mutation(
-        "smoothing over K where K - 1 is meant", "attacks/labels.py",
+        "smoothing over K where K - 1 is meant", "objectives/labels.py",
         "wrong, true = smoothing / (num_classes - 1), 1.0 - smoothing",
         "wrong, true = smoothing / num_classes, 1.0 - smoothing", "smoothing_follows_its_convention",
     ),
     Mutation(
-        "KL in the wrong direction", TRADES, "return (clean.exp() * (clean - adv)).sum(dim=1)",
-        "return (adv.exp() * (adv - clean)).sum(dim=1)", "trades_is_the_published_loss",
-    ),
-    Mutation(
-        "KL cut off from the clean logits", TRADES, "F.log_softmax(clean_logits, dim=1), F.log",
-        "F.log_softmax(clean_logits.detach(), dim=1), F.log", "trades_is_the_published_loss",
-    ),
-    Mutation(
-        "KL divided by classes too", TRADES, "divergence = kl_divergence(paired, adv_logits).mean()",
-        "divergence = kl_divergence(paired, adv_logits).mean() / adv_logits.shape[1]", "trades_is_the_published_loss",
-    ),
-    Mutation(
-        "clean forward moves BN against the recipe", TRADES,
-        'bn: Literal["train", "batch"] = "train" if self.clean_bn == "update" else "batch"',
-        'bn: Literal["train", "batch"] = "train"', "trades_forwards_are_the_stated_ones",
-    ),
-    Mutation(
-        "clean and adv branches swapped", MIXTURE,
-        'return forward(clean, branch="clean"), forward(adv, branch="adv")',
-        'return forward(clean, branch="adv"), forward(adv, branch="clean")', "mixture_branches_carry_their_names",
-    ),
-    Mutation(
-        "BN sees clean and adversarial images apart", MIXTURE, '        if self.norm != "bn":\n            return forward',
-        "        if True:\n            return forward", "mixture_with_one_bn_is_one_forward",
-    ),
-    Mutation(
-        "BN groups mixed up in the joint forward", MIXTURE, "order = torch.argsort(groups, stable=True)",
-        "order = torch.arange(len(groups))", "mixture_with_one_bn_is_one_forward",
-    ),
-    Mutation(
-        "alpha on the wrong side", MIXTURE, "loss = self.alpha * clean_loss + (1.0 - self.alpha) * adv_loss",
-        "loss = self.alpha * adv_loss + (1.0 - self.alpha) * clean_loss", "mixture_loss_is_the_stated_mean",
-    ),
-    Mutation(
-        "clean subset from the global generator", MIXTURE,
-        "draw = rng.words(self.seed, rng.Purpose.CLEAN_SUBSET, batch.epoch, batch.ids, 1)[:, 0]",
-        "draw = torch.randint(0, 2**31, batch.ids.shape)", "clean_subset_depends_on_counters_alone",
-    ),
-    Mutation(
-        "clean subset is always the first images", MIXTURE,
-        "draw = rng.words(self.seed, rng.Purpose.CLEAN_SUBSET, batch.epoch, batch.ids, 1)[:, 0]", "draw = batch.ids",
-        "clean_subset_depends_on_counters_alone",
-    ),
-    Mutation(
-        "logits paired with another image", MIXTURE, "pairing_loss(clean_logits, adv_logits[rows], ",
-        "pairing_loss(clean_logits, adv_logits.roll(1, 0)[rows], ", "logit_pairing_pairs_the_same_image",
+        "soft labels of a float64 run in float32", "objectives/labels.py",
+        "dtype = torch.float32 if dtype is None else dtype", "dtype = torch.float32",
+        "smoothing_follows_its_convention",
     ),
     Mutation(
         "rank = local_rank", LOOPS, "    share = batch_size // world_size\n",

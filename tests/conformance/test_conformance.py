@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.conformance import checks_attack, checks_loops, checks_objectives, checks_start
+from tests.conformance.objectives import MODULES as OBJECTIVE_MODULES
 from tests.conformance.product import FUSED, REAL
 
-CHECKS = {
-    check.__name__: check
-    for module in (checks_attack, checks_start, checks_objectives, checks_loops)
-    for check in module.CHECKS
-}
+MODULES = (checks_attack, checks_start, checks_objectives, checks_loops, *OBJECTIVE_MODULES)
+CHECKS = {check.__name__: check for module in MODULES for check in module.CHECKS}
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -26,7 +24,7 @@ def test_promise_with_fused_kernels(check) -> None:
 
 def test_every_check_is_listed() -> None:
     """A check that nobody runs keeps nothing."""
-    for module in (checks_attack, checks_start, checks_objectives, checks_loops):
+    for module in MODULES:
         defined = {
             n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__
             and callable(v) and v.__annotations__.get("product") and list(v.__annotations__) == ["product", "return"]

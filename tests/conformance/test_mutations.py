@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.conformance import mutations_attack, mutations_training
+from tests.conformance.objectives import MODULES as OBJECTIVE_MODULES
 from tests.conformance.product import Mutation, mutated
 from tests.conformance.scoreboard import SCOREBOARD
 from tests.conformance.test_conformance import CHECKS
 
 MUTATIONS = mutations_attack.MUTATIONS + mutations_training.MUTATIONS
+MUTATIONS = MUTATIONS + [mutation for module in OBJECTIVE_MODULES for mutation in module.MUTATIONS]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[m.name.replace(" ", "-") for m in MUTATIONS])

@@ -19,8 +19,10 @@ import torch
 from distributed_at.batch import Batch
 from distributed_at.config import Norm, OptimizerConfig, ScheduleConfig
 from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
-from distributed_at.objectives import OBJECTIVES, Forward, PgdAt, Terms
+from distributed_at.objectives import OBJECTIVES, Forward, ObjectiveContext, Terms
+from distributed_at.objectives.pgd_at import PgdAt
 from distributed_at.recipes import load_recipe
+from tests.conformance.objectives import settings_of
 from tests.training_kit import RECIPE, TINY, state_digest, train, training_rows
 
 STOP_AT = 4  # of 9 steps, 3 an epoch: the second step of the second epoch is never begun
@@ -29,7 +31,6 @@ OPTIMIZERS = get_args(OptimizerConfig.model_fields["name"].annotation)
 SCHEDULES = get_args(ScheduleConfig.model_fields["name"].annotation)
 
 # What an entry of a registry needs beside its name; most need nothing.
-OBJECTIVE_NEEDS = {"standard": ["attack=null"], "mixture": ["objective.clean_ratio=0.5"]}
 SCHEDULE_NEEDS = {"piecewise": ["schedule.milestones=[1.4,2]"], "exponential": ["schedule.decay_every=0.5"]}
 RATES = {"adam": "0.01", "adamw": "0.01", "rmsprop": "0.001"}
 FEATURES = {
@@ -74,6 +75,13 @@ SHORT: list[Case] = [
 ]
 
 
+def objective_needs(name: str) -> list[str]:
+    """Return what an objective needs beside its name: the first of its settings, and no attack where it sees none."""
+    fields = settings_of(name)[0]
+    attack = OBJECTIVES[name].needs(OBJECTIVES[name].Config(**fields)).attack
+    return [*(f"objective.{key}={value}" for key, value in fields.items()), *(["attack=null"] * (attack == "none"))]
+
+
 def overrides(case: Case) -> list[str]:
     objective, norm, optimizer, schedule, feature = case
     return [
@@ -84,7 +92,7 @@ def overrides(case: Case) -> list[str]:
         f"schedule.name={schedule}",
         *SCHEDULE_NEEDS.get(schedule, []),
         *FEATURES[feature],
-        *OBJECTIVE_NEEDS.get(objective, []),
+        *objective_needs(objective),
     ]
 
 
@@ -131,10 +139,10 @@ def test_matrix_names_everything_in_the_registries():
 class Remembering(PgdAt):
     """Stands for objectives that keep something between steps: a running sum for each place, and a count."""
 
-    def __init__(self, places: int) -> None:
-        super().__init__()
+    def __init__(self, config: PgdAt.Config, context: ObjectiveContext) -> None:
+        super().__init__(config, context)
         self.steps = 0
-        self.sums = torch.zeros(places, 3)
+        self.sums = torch.zeros(24, 3)
 
     def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
         terms = super().loss(forward, batch, adv)
@@ -155,7 +163,7 @@ class Remembering(PgdAt):
 
 @pytest.mark.parametrize("declared", [True, False])
 def test_what_an_objective_keeps_between_steps_is_resumed_where_it_is_declared(declared, tmp_path, monkeypatch):
-    monkeypatch.setattr("distributed_at.engine.builder.build_objective", lambda config, **kwargs: Remembering(24))
+    monkeypatch.setattr("distributed_at.engine.builder.build_objective", Remembering)
     if not declared:  # so that this test would notice a state that nobody saves
         monkeypatch.setattr(Remembering, "place_tensors", PgdAt.place_tensors)
     case = ("pgd_at", "bn", "sgd", "cosine", "none")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distributed_at.attacks import PGD, Goal, Threat, attack_loss, choose_targets, smooth_labels
+from distributed_at.attacks import PGD, Goal, Threat, attack_loss, choose_targets
 from distributed_at.config import AttackConfig
 from distributed_at.errors import ConfigError, DataError
 from tests.conformance.networks import CLASSES, ids, images, labels, network
@@ -173,22 +173,6 @@ def test_kl_loss_is_zero_at_the_clean_prediction_and_positive_elsewhere() -> Non
     goal = Goal(labels=labels(6), reference=z.log_softmax(1))
     assert attack_loss("kl", targeted=False)(z, goal).abs().max() < 1e-6
     assert (attack_loss("kl", targeted=False)(z.flip(1), goal) > 0).all()
-
-
-@pytest.mark.parametrize("form", ["uniform", "other_classes"])
-def test_smoothed_labels_are_distributions(form: str) -> None:
-    soft = smooth_labels(labels(), CLASSES, 0.1, form=form)
-    assert torch.allclose(soft.sum(1), torch.ones(12))
-    assert torch.equal(soft.argmax(1), labels())
-    wrong = 0.1 / CLASSES if form == "uniform" else 0.1 / (CLASSES - 1)
-    assert soft.min().item() == pytest.approx(wrong)
-
-
-def test_smoothing_names_the_nearest_form() -> None:
-    with pytest.raises(ConfigError, match="other_classes"):
-        smooth_labels(labels(), CLASSES, 0.1, form="other_class")
-    with pytest.raises(ConfigError, match="label_smoothing"):
-        smooth_labels(labels(), CLASSES, 1.0)
 
 
 def test_target_rules_refuse_what_they_cannot_do() -> None:

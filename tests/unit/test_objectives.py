@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
-import typing
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from distributed_at import config as schema
-from distributed_at.objectives import OBJECTIVES, build_objective
-from distributed_at.objectives.mixture import kept_count
-from tests.conformance.checks_objectives import Recorder, batch_of
-from tests.conformance.networks import CLASSES
+from distributed_at.errors import ConfigError
+from distributed_at.objectives import OBJECTIVES
+from distributed_at.objectives.labels import smooth_labels
+from distributed_at.objectives.mixture import Mixture, kept_count
+from distributed_at.objectives.page import objectives_page
+from distributed_at.planning import make_plan
+from distributed_at.recipes import load_recipe
+from tests.conformance.kit import Recorder, batch_of
+from tests.conformance.kit import build as build_in
+from tests.conformance.networks import CLASSES, labels
+from tests.conformance.product import REAL
 
-CONFIGS = {
-    "standard": schema.StandardConfig(),
-    "pgd_at": schema.PgdAtConfig(),
-    "trades": schema.TradesConfig(),
-    "mixture": schema.MixtureConfig(),
-}
+CONFIGS = {name: OBJECTIVES[name].Config() for name in OBJECTIVES.builtin}
 
 
 def build(config, **options):
-    return build_objective(config, num_classes=CLASSES, seed=0, **options)
+    return build_in(REAL, config, **options)
 
 
-def test_every_objective_of_the_schema_can_be_built() -> None:
-    union = typing.get_args(schema.ObjectiveConfig)[0]
-    names = {member.model_fields["name"].default for member in typing.get_args(union)}
-    assert names == set(OBJECTIVES) == set(CONFIGS)
+def test_section_of_a_recipe_is_of_the_class_that_its_name_chooses() -> None:
+    for name in OBJECTIVES:
+        needs = OBJECTIVES[name].needs(CONFIGS[name])
+        words = [f"objective.name={name}", *(["attack=null"] if needs.attack == "none" else [])]
+        section = load_recipe("digits/adversarial", words).config.objective
+        assert type(section) is OBJECTIVES[name].Config
+        assert section == CONFIGS[name]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+def test_reading_a_recipe_and_asking_an_objective_for_its_facts_loads_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "from distributed_at.objectives import OBJECTIVES\n"
+        "from distributed_at.recipes import load_recipe\n"
+        "for name in OBJECTIVES: OBJECTIVES[name].passes(OBJECTIVES[name].Config())\n"
+        "load_recipe('digits/adversarial')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.builtin)
 def test_objective_is_of_its_class_finite_and_stateless(name: str) -> None:
     objective, (batch, adv) = build(CONFIGS[name]), batch_of()
     assert isinstance(objective, OBJECTIVES[name])
-    assert objective.needs_attack == (name != "standard")
-    terms = objective.loss(Recorder(), batch, adv if objective.needs_attack else None)
+    needs = objective.needs(objective.config)
+    terms = objective.loss(Recorder(), batch, None if needs.attack == "none" else adv)
     assert terms.loss.shape == ()
     assert torch.isfinite(terms.loss)
     assert all(not t.requires_grad and t.shape == () for t in terms.terms.values())
@@ -49,12 +66,6 @@ def test_objective_is_of_its_class_finite_and_stateless(name: str) -> None:
         objective.load_state_dict({"counter": 1})
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_docstring_cites_its_paper(name: str) -> None:
-    text = OBJECTIVES[name].__doc__ or ""
-    assert any(word in text for word in ("section", "eq.", "table")), text
-
-
 @pytest.mark.parametrize("name", ["pgd_at", "trades", "mixture"])
 def test_forgotten_attack_is_refused(name: str) -> None:
     batch, adv = batch_of()
@@ -63,18 +74,10 @@ def test_forgotten_attack_is_refused(name: str) -> None:
             build(CONFIGS[name]).loss(Recorder(), batch, wrong)
 
 
-def test_standard_is_cross_entropy_on_the_clean_branch() -> None:
-    batch, _ = batch_of()
-    recorder = Recorder()
-    terms = build(CONFIGS["standard"]).loss(recorder, batch, None)
-    assert [c["branch"] for c in recorder.calls] == ["clean"]
-    assert torch.allclose(terms.loss, F.cross_entropy(recorder.model(batch.images), batch.labels))
-
-
 @pytest.mark.parametrize(("ratio", "kept"), [(0.0, 0), (0.2, 6), (0.4, 13), (0.6, 19), (0.8, 26), (1.0, 32)])
 def test_share_of_clean_images_is_exact_in_every_group(ratio: float, kept: int) -> None:
     batch, adv = batch_of(64, group=32)
-    objective = build(schema.MixtureConfig(clean_ratio=ratio))
+    objective = build(Mixture.Config(clean_ratio=ratio))
     rows = objective.clean_rows(batch)
     assert torch.bincount(batch.group_ids[rows], minlength=2).tolist() == [kept, kept]
     assert kept == kept_count(32, ratio)
@@ -89,19 +92,19 @@ def test_share_of_clean_images_is_exact_in_every_group(ratio: float, kept: int) 
 
 def test_no_clean_image_means_plain_adversarial_training() -> None:
     batch, adv = batch_of()
-    mixed = build(schema.MixtureConfig(clean_ratio=0.0)).loss(Recorder(), batch, adv).loss
+    mixed = build(Mixture.Config(clean_ratio=0.0)).loss(Recorder(), batch, adv).loss
     assert torch.allclose(mixed, build(CONFIGS["pgd_at"]).loss(Recorder(), batch, adv).loss)
 
 
 @pytest.mark.parametrize("norm", ["mbn", "gn"])
 def test_branches_have_their_own_group_sizes(norm: str) -> None:
-    assert build(schema.MixtureConfig(clean_ratio=0.5), norm=norm).bn_group_sizes(32) == {"clean": 16, "adv": 32}
+    assert build(Mixture.Config(clean_ratio=0.5), norm=norm).bn_group_sizes(32) == {"clean": 16, "adv": 32}
     assert build(CONFIGS["trades"]).bn_group_sizes(32) == {"clean": 32, "adv": 32}
 
 
 def test_clean_labels_follow_the_kept_rows() -> None:
     batch, adv = batch_of(20, group=10)
-    objective = build(schema.MixtureConfig(clean_ratio=0.3), norm="mbn")
+    objective = build(Mixture.Config(clean_ratio=0.3), norm="mbn")
     recorder = Recorder()
     terms = objective.loss(recorder, batch, adv)
     assert torch.equal(terms.labels_of("clean", batch.labels), batch.labels[objective.clean_rows(batch)])
@@ -115,4 +118,69 @@ def test_attack_branch_is_handed_on() -> None:
     batch, adv = batch_of()
     recorder = Recorder()
     objective.loss(recorder, batch, adv)
-    assert objective.attack_branch == recorder.calls[0]["branch"] == "clean"
+    assert objective.context.attack_branch == recorder.calls[0]["branch"] == "clean"
+
+
+@pytest.mark.parametrize("form", ["uniform", "other_classes"])
+def test_smoothed_labels_are_distributions(form: str) -> None:
+    soft = smooth_labels(labels(), CLASSES, 0.1, form=form)
+    assert torch.allclose(soft.sum(1), torch.ones(12))
+    assert torch.equal(soft.argmax(1), labels())
+    wrong = 0.1 / CLASSES if form == "uniform" else 0.1 / (CLASSES - 1)
+    assert soft.min().item() == pytest.approx(wrong)
+
+
+def test_smoothing_names_the_nearest_form() -> None:
+    with pytest.raises(ConfigError, match="other_classes"):
+        smooth_labels(labels(), CLASSES, 0.1, form="other_class")
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        smooth_labels(labels(), CLASSES, 1.0)
+
+
+def test_page_of_the_objectives_is_current() -> None:
+    path = Path(__file__).parents[2] / "docs" / "objectives.md"
+    assert objectives_page() == path.read_text(encoding="utf-8"), "run python -m distributed_at.objectives.page"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["objective.name=standard"],
+            "objective 'standard' trains on clean images: remove attack, or set attack: null",
+        ),
+        (["attack=null"], "objective 'pgd_at' needs attack"),
+        (["attack.loss=kl"], "belongs to objectives that train on it (trades); the objective is 'pgd_at'"),
+        (["objective.name=trades", "attack.target=random_other"], "is untargeted; attack.target is 'random_other'"),
+        (["model.norm=mbn"], "trains both branches (trades, mixture); 'pgd_at' trains adv alone"),
+        (["model.norm=mbn", "objective={name: mixture, clean_ratio: 0}"], "'mixture' trains adv alone"),
+        (["train.bn_only=clean"], "'pgd_at' trains on adv images: use standard"),
+        (["train.bn_only=adv", "objective.name=trades"], "'trades' trains on clean and adv images: use pgd_at"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_an_objective_cannot_be_combined_with_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("digits/adversarial", words)
+    assert said in str(caught.value)
+
+
+def test_a_kept_share_of_clean_images_wants_whole_groups_and_plan_says_so() -> None:
+    words = ["train={batch_size: 32, bn_group_size: 16}", "objective={name: mixture, clean_ratio: 0.5}"]
+    config = load_recipe("digits/adversarial", words).config
+    make_plan(config, world_size=2)
+    with pytest.raises(
+        ConfigError, match=r"clean_ratio 0.5 chooses its clean images inside a BN group.*at most 2 workers"
+    ):
+        make_plan(config, world_size=4)
+    whole = load_recipe("digits/adversarial", [*words, "objective.clean_ratio=1"]).config
+    make_plan(whole, world_size=4)
+
+
+def test_activations_of_all_trained_images_of_a_pair_count_in_the_plan() -> None:
+    def activations(*words: str) -> int:
+        return make_plan(load_recipe("digits/adversarial", words).config).memory.activations
+
+    assert activations("objective.name=trades") == 2 * activations()
+    assert activations("objective={name: trades, clean_forwards: twice}") == 3 * activations()
+    assert activations("objective={name: mixture, clean_ratio: 0.5}") == 1.5 * activations()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from distributed_at.objectives import recorded_objective
 from distributed_at.observe.figures.style import COLOURS, MARKERS, Drawn, legend_above, look, new_figure
 from distributed_at.observe.record import Measurement, RunRecord
 from distributed_at.observe.tables import paper_number
@@ -14,11 +15,14 @@ _NORMS = {"bn": "", "mbn": "MBN", "gn": "GN"}
 
 
 def ratio_of(record: RunRecord) -> float | None:
-    """Return the share of clean images beside all adversarial ones; None for training without an attack."""
-    objective = record.section("objective")
-    if objective.get("name") == "pgd_at":
-        return 0.0
-    return float(objective.get("clean_ratio", 1.0)) if objective.get("name") == "mixture" else None
+    """Return the share of clean images beside all adversarial ones; None where the loss is no mixture of both."""
+    found = recorded_objective(record.section("objective"))
+    return None if found is None else found[0].clean_share(found[1])
+
+
+def _extras(record: RunRecord) -> tuple[str, ...]:
+    found = recorded_objective(record.section("objective"))
+    return () if found is None else found[0].extras(found[1])
 
 
 def strategy_of(record: RunRecord, branch: str = "") -> str:
@@ -27,9 +31,8 @@ def strategy_of(record: RunRecord, branch: str = "") -> str:
     norm = _NORMS.get(str(record.section("model").get("norm", "bn")), "")
     name = norm + (f"_{branch}" if norm == "MBN" and branch else "")
     mix = "0% adv + 100% clean" if ratio is None else f"100% adv + {100 * ratio:g}% clean"
-    pairing = ", ALP" if record.section("objective").get("logit_pairing") else ""
     star = "*" if record.section("train").get("freeze_bn_from_epoch") is not None else ""
-    return f"{name + ', ' if name else ''}{mix}{pairing}{star}"
+    return f"{name + ', ' if name else ''}{', '.join([mix, *_extras(record)])}{star}"
 
 
 def depth_of(record: RunRecord) -> int | None:
@@ -123,7 +126,7 @@ def clean_ratio(records: Sequence[RunRecord]) -> Drawn | None:
         r
         for r in records
         if ratio_of(r) is not None
-        and not r.section("objective").get("logit_pairing")
+        and not _extras(r)
         and r.section("train").get("freeze_bn_from_epoch") is None
         and _robust(r)
     ]

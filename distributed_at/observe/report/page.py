@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from distributed_at.objectives import recorded_objective
 from distributed_at.observe.console import time_shares
 from distributed_at.observe.cost import format_seconds, gpu_hours, mfu, peak_rate, recipe_forward_flops, recipe_units
 from distributed_at.observe.events import read_events
@@ -32,12 +33,6 @@ DATASETS = {
     "svhn": "SVHN",
     "imagenet": "ImageNet",
 }
-OBJECTIVES = {
-    "standard": "natural training",
-    "pgd_at": "PGD adversarial training",
-    "trades": "TRADES",
-    "mixture": "adversarial + clean mixture",
-}
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -53,7 +48,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
             arch = f"WRN-{model.get('depth')}-{model.get('widen')}"
         found.append(("Model", f"{arch}, {str(model.get('norm', 'bn')).upper()}"))
     if objective:
-        found.append(("Objective", OBJECTIVES.get(str(objective.get("name")), str(objective.get("name")))))
+        found.append(("Objective", _title(objective)))
     if attack:
         text = f"PGD-{attack.get('num_steps')}, {attack.get('norm', 'linf')} {attack.get('eps', 0):g}/255, step {attack.get('step_size', 0):g}/255"
         found.append(("Training attack", text + (", targeted" if attack.get("target", "none") != "none" else "")))
@@ -65,6 +60,12 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     if paper:
         found.append(("Paper", " · ".join(str(paper[k]) for k in ("title", "table", "row") if paper.get(k))))
     return found
+
+
+def _title(section: Mapping[str, Any]) -> str:
+    """An objective as its readers call it: its title and what its section adds; its bare name where it is not known here."""
+    found = recorded_objective(section)
+    return str(section.get("name")) if found is None else ", ".join([found[0].title, *found[0].extras(found[1])])
 
 
 def _status(record: RunRecord) -> tuple[str, str]:
@@ -134,8 +135,8 @@ def _cost(record: RunRecord) -> list[tuple[str, str, str]]:
                 f"{int(rows[-1]['step']):,} steps of {int(batch):,}",
             )
         )
-    if record.recipe:
-        units = recipe_units(record.recipe)
+    units = recipe_units(record.recipe)
+    if units is not None:
         found.append(
             (
                 "Cost of an image",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
+from typing import Literal, get_args
 
 from distributed_at.errors import ConfigError, did_you_mean
+from distributed_at.lazy import F, torch
 
 SmoothingForm = Literal["uniform", "other_classes"]
-FORMS = ("uniform", "other_classes")
+FORMS: tuple[str, ...] = get_args(SmoothingForm)
 
 
 def smooth_labels(
-    labels: torch.Tensor, num_classes: int, smoothing: float, *, form: SmoothingForm = "uniform"
+    labels: torch.Tensor,
+    num_classes: int,
+    smoothing: float,
+    *,
+    form: SmoothingForm = "uniform",
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the class distribution that a smoothed label stands for.
 
@@ -25,9 +28,10 @@ def smooth_labels(
         form: "uniform" gives s/K to every class and 1 - s more to the true one (Szegedy et al., "Rethinking the
             Inception architecture", section 7; TensorFlow and torch). "other_classes" gives s/(K-1) to each wrong
             class and 1 - s to the true one (Pang et al., "Bag of tricks for AT", section 3.4 and its code).
+        dtype: of the result; None = float32.
 
     Returns:
-        (N, K) float32, rows sum to 1.
+        (N, K), rows sum to 1.
     """
     if form not in FORMS:
         raise ConfigError(
@@ -40,7 +44,12 @@ def smooth_labels(
         wrong, true = smoothing / num_classes, 1.0 - smoothing + smoothing / num_classes
     else:
         wrong, true = smoothing / (num_classes - 1), 1.0 - smoothing
-    return torch.where(is_true, torch.tensor(true, device=labels.device), torch.tensor(wrong, device=labels.device))
+    dtype = torch.float32 if dtype is None else dtype
+    return torch.where(
+        is_true,
+        torch.tensor(true, device=labels.device, dtype=dtype),
+        torch.tensor(wrong, device=labels.device, dtype=dtype),
+    )
 
 
 def smoothed_cross_entropy(
@@ -49,5 +58,5 @@ def smoothed_cross_entropy(
     """Return (N,) cross-entropy of logits (N, K) to smoothed labels (N,); plain cross-entropy where smoothing is 0."""
     if smoothing == 0:
         return F.cross_entropy(logits, labels, reduction="none")
-    soft = smooth_labels(labels, logits.shape[1], smoothing, form=form).to(logits.dtype)
+    soft = smooth_labels(labels, logits.shape[1], smoothing, form=form, dtype=logits.dtype)
     return -(soft * F.log_softmax(logits, dim=1)).sum(dim=1)

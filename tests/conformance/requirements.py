@@ -1,0 +1,76 @@
+"""What every objective must bring, said in sentences where it is missing: checks, planted faults, counted passes, docs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from distributed_at.objectives import Objective, ObjectiveContext
+from tests.conformance.kit import Recorder, batch_of
+from tests.conformance.networks import CLASSES
+
+SOURCE_WORDS = ("section", "eq.", "table", "algorithm")
+
+
+def missing(name: str, objective: type[Objective], tests: ModuleType | None, *, home: str) -> list[str]:
+    """Return a sentence for each thing that an objective lacks; ``home`` is where its conformance should stand."""
+    file = Path(inspect.getfile(objective)).name
+    lacks = []
+    for fact in ("title", "source"):
+        if not getattr(objective, fact, ""):
+            lacks.append(f"objective '{name}' has no {fact}: give the class {fact} = \"...\", which reports show")
+    if objective.passes.__func__ is Objective.passes.__func__:
+        lacks.append(f"objective '{name}' does not say its passes: plan, report and MFU would be wrong without them")
+    if not (inspect.getmodule(objective).__doc__ or "").strip():
+        lacks.append(f"objective '{name}': {file} has no docstring, which is its entry in docs/objectives.md")
+    if not any(word in (objective.__doc__ or "") for word in SOURCE_WORDS):
+        lacks.append(f"objective '{name}': the class's docstring names no section, equation or table of its paper")
+    if objective.Config.model_fields["name"].default != name:
+        lacks.append(f"objective '{name}': the default of Config.name is not '{name}'")
+    if tests is None or not getattr(tests, "CHECKS", []):
+        lacks.append(
+            f"objective '{name}' has no conformance check: compare its loss with the paper's in {home} (CHECKS)"
+        )
+    if tests is None or not any(m.file.endswith(file) for m in getattr(tests, "MUTATIONS", [])):
+        lacks.append(f"objective '{name}' has no planted fault in {file}: add one to {home} (MUTATIONS)")
+    if tests is not None and not getattr(tests, "SETTINGS", []):
+        lacks.append(f"objective '{name}' has no settings to be tried with: list them in {home} (SETTINGS)")
+    return lacks
+
+
+def counted(
+    objective: type[Objective], fields: dict[str, Any], *, shared_statistics: bool
+) -> tuple[dict[str, float], float]:
+    """Return the passes of one step an image, as counted: branch -> forwards with a backward, and forwards without."""
+    section = objective.Config(**fields)
+    batch, adv = batch_of(20, group=10)
+    context = ObjectiveContext(num_classes=CLASSES, seed=0, shared_statistics=shared_statistics)
+    built, recorder = objective(section, context), Recorder()
+    terms = built.loss(recorder, batch, adv if objective.needs(section).attack == "given" else None)
+    terms.loss.backward()
+    built.after_step(recorder, batch)
+    trained: dict[str, float] = {}
+    watched = 0.0
+    for call in recorder.calls:
+        gradient = call["logits"].grad if call["grad"] else None
+        if gradient is not None and bool(torch.count_nonzero(gradient)):
+            trained[call["branch"]] = trained.get(call["branch"], 0.0) + len(call["x"]) / len(batch)
+        else:
+            watched += len(call["x"]) / len(batch)
+    return trained, watched
+
+
+def names_compared(source: str, attribute: str) -> list[int]:
+    """Return the lines of Python source that compare something's ``attribute.name`` with a text."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+            if any(side.endswith(f"{attribute}.name") for side in sides):
+                found.append(node.lineno)
+    return found
