@@ -16,6 +16,8 @@ from distributed_at.objectives import OBJECTIVES, Passes, recorded_objective
 if TYPE_CHECKING:
     from distributed_at.config import RunConfig
 
+from distributed_at.observe.record import NUM_CLASSES
+
 FORWARD = 1.0
 INPUT_GRADIENT = 1.0  # backward through the activations alone
 WEIGHT_GRADIENT = 1.0
@@ -190,9 +192,10 @@ def recipe_forward_flops(recipe: Mapping[str, Any]) -> int | None:
         from distributed_at.models import build_model
 
         data = recipe["data"]
+        num_classes = data.get("num_classes") or NUM_CLASSES[data["dataset"]]
         model_config = ModelConfig.model_validate_json(json.dumps(recipe["model"]))
         with torch.device("meta"):
-            model = build_model(model_config, num_classes=int(data.get("num_classes") or 10))
+            model = build_model(model_config, num_classes=int(num_classes))
         return forward_flops(model, image_size=int(data["image_size"]))
     except Exception:  # an old recipe or an incomplete one: its cost is then not shown
         return None
