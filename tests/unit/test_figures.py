@@ -149,6 +149,21 @@ def test_legend_lies_above_the_axis_and_names_the_papers_lines_once(ratios):
     assert texts.count("the paper's") == 1
 
 
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        ({"arch": "resnet", "block": "basic", "blocks": [2, 2, 2, 2]}, 18),
+        ({"arch": "resnet", "block": "bottleneck", "blocks": [3, 8, 36, 3]}, 152),
+        ({"arch": "preact_resnet34", "blocks": None}, 34),
+        ({"arch": "resnet638", "blocks": None}, 638),
+        ({"arch": "wide_resnet", "blocks": None, "depth": 34}, None),
+    ],
+)
+def test_depth_counts_convolutions_and_the_classifier(tmp_path, model, layers):
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "x", "model": model}))
+    assert depth_of(load_run(tmp_path)) == layers
+
+
 def test_strategies_are_named_in_the_papers_words(tmp_path):
     for row, name in {
         "n30-mbn-alp-star": "MBN_adv, 100% adv + 100% clean, ALP*",
@@ -175,6 +190,15 @@ def test_figure_5_counts_channels_and_measures_how_far_the_branches_are_apart():
     assert len(axis.get_xticks()) == 20
     clean, adv = (np.asarray(c.get_offsets())[:, 1] for c in axis.collections[1:])
     np.testing.assert_allclose(adv - clean, 0.5)
+
+
+def test_figure_5_measures_means_by_magnitude_and_in_pooled_standard_deviations():
+    clean = LayerStatistics(name="MBN_clean", mean=np.array([-1.0, 2.0, 0.5, 3.0]), variance=np.full(4, 9.0))
+    adv = LayerStatistics(name="MBN_adv", mean=np.array([-2.0, 1.0, -4.0, 8.0]), variance=np.full(4, 23.0))
+    drawn = branch_statistics(clean, adv, layer="bn1", run="r", channels=np.arange(4))
+    assert "magnitude of the mean larger on 3 of 4 channels" in drawn.caption
+    # differences 1, 1, 4.5 and 5 over sqrt((9 + 23) / 2) = 4: the median lies between 1 / 4 and 4.5 / 4
+    assert "median |difference of means| 0.688 standard deviations" in drawn.caption
 
 
 def test_figure_6_shows_every_batch_beside_the_running_statistics():
