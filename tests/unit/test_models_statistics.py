@@ -31,7 +31,13 @@ WIDE = {  # millions of parameters, ten classes
     (46, 15): 147.38,
     (70, 16): 266.80,
 }
-CIFAR = {"preact_resnet18": 11.172, "preact_resnet50": 23.513, "resnet18": 11.174, "resnet50": 23.521}
+CIFAR = {
+    "preact_resnet18": 11.172,
+    "preact_resnet34": 21.280,
+    "preact_resnet50": 23.513,
+    "resnet18": 11.174,
+    "resnet50": 23.521,
+}
 
 
 @pytest.mark.parametrize("arch", IMAGENET)
