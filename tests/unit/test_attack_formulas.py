@@ -1,0 +1,71 @@
+"""The attacks' formulas against the same numbers worked out by hand, and the defaults that papers' numbers rest on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from distributed_at.attacks import PGD, Goal, Threat, attack_loss
+from distributed_at.attacks.labels import smoothed_cross_entropy
+from distributed_at.errors import ConfigError
+
+THREAT = Threat("linf", 8 / 255)
+LOGITS = torch.tensor([[3.0, 1.0, 2.0, -1.0], [0.0, 4.0, 1.0, 2.0]], dtype=torch.float64)
+LABELS, TARGETS = torch.tensor([0, 2]), torch.tensor([1, 3])
+
+
+def minus_log_softmax(row: int, column: int) -> float:
+    return math.log(sum(math.exp(z) for z in LOGITS[row].tolist())) - LOGITS[row, column].item()
+
+
+def test_cross_entropy_rises_away_from_the_label_or_towards_the_target() -> None:
+    away = attack_loss("ce", targeted=False)(LOGITS, Goal(LABELS))
+    assert away.tolist() == pytest.approx([minus_log_softmax(0, 0), minus_log_softmax(1, 2)])
+    towards = attack_loss("ce", targeted=True)(LOGITS, Goal(LABELS, TARGETS))
+    assert towards.tolist() == pytest.approx([-minus_log_softmax(0, 1), -minus_log_softmax(1, 3)])
+
+
+def test_margin_is_the_largest_wrong_or_the_target_logit_minus_the_true_one() -> None:
+    assert attack_loss("margin", targeted=False)(LOGITS, Goal(LABELS)).tolist() == [2.0 - 3.0, 4.0 - 1.0]
+    assert attack_loss("margin", targeted=True)(LOGITS, Goal(LABELS, TARGETS)).tolist() == [1.0 - 3.0, 2.0 - 1.0]
+
+
+def test_kl_is_from_the_clean_to_the_adversarial_prediction() -> None:
+    clean = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
+    value = attack_loss("kl", targeted=False)(LOGITS, Goal(LABELS, reference=clean.log()))
+    by_hand = [
+        sum(p * (math.log(p) + minus_log_softmax(row, k)) for k, p in enumerate(clean[row].tolist())) for row in (0, 1)
+    ]
+    assert value.tolist() == pytest.approx(by_hand)
+
+
+def test_dlr_needs_three_classes_and_targeted_four_and_takes_more() -> None:
+    for targeted, least in ((False, 3), (True, 4)):
+        for count in (least, least + 1, 10, None):
+            attack_loss("dlr", targeted=targeted, num_classes=count)
+        with pytest.raises(ConfigError, match=f"at least {least} classes"):
+            attack_loss("dlr", targeted=targeted, num_classes=least - 1)
+
+
+@pytest.mark.parametrize("form", ["uniform", "other_classes"])
+def test_smoothed_cross_entropy_weighs_every_class(form: str) -> None:
+    smoothing = 0.2
+    wrong, right = (0.05, 0.85) if form == "uniform" else (0.2 / 3, 0.8)
+    by_hand = [
+        sum((right if k == label else wrong) * minus_log_softmax(row, k) for k in range(4))
+        for row, label in enumerate(LABELS.tolist())
+    ]
+    assert smoothed_cross_entropy(LOGITS, LABELS, smoothing, form=form).tolist() == pytest.approx(by_hand)
+    plain = [minus_log_softmax(0, 0), minus_log_softmax(1, 2)]
+    assert smoothed_cross_entropy(LOGITS, LABELS, 0.0, form=form).tolist() == pytest.approx(plain)
+
+
+def test_an_attacks_defaults_are_one_untargeted_uniform_start_in_the_box_on_cross_entropy() -> None:
+    attack = PGD(threat=THREAT, num_steps=1, step_size=0.01)
+    assert (attack.step_rule, attack.start, attack.start_clean_scope) == ("explicit", "uniform", "sample")
+    assert (attack.start_std, attack.start_clean_probability, attack.clip_start) == (0.001, 0.0, True)  # TRADES: 0.001
+    assert (attack.loss, attack.target, attack.restarts, attack.num_classes) == ("ce", "none", 1, None)
+    assert (attack.loss_scale, attack.check_input, attack.fused) == (1.0, True, False)
+    assert Threat("linf", 0.1).box == (0.0, 1.0)

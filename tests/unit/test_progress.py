@@ -1,0 +1,155 @@
+"""Running means between two log rows, and when training stops early, against sums and rounds counted by hand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distributed_at.config import EvalAttackConfig, EvaluationConfig, TrainConfig
+from distributed_at.engine.progress import EarlyStopping, Meters
+from distributed_at.objectives import Terms
+
+CPU = torch.device("cpu")
+
+
+def terms(loss, terms=None, logits=None):
+    return Terms(torch.tensor(loss), terms or {}, logits or {})
+
+
+def one_hot(classes, count=3):
+    return torch.nn.functional.one_hot(torch.tensor(classes), count).float()
+
+
+def filled():
+    """Five samples in two micro-batches: losses 2 and 7, three and one right."""
+    meters = Meters(CPU)
+    first = terms(2.0, terms={"kl": torch.tensor(0.5)}, logits={"adv": one_hot([0, 1, 2, 0])})
+    meters.add(first, torch.tensor([0, 1, 2, 1]))
+    meters.add(terms(7.0, terms={"kl": torch.tensor(3.0)}, logits={"adv": one_hot([2])}), torch.tensor([1]))
+    return meters
+
+
+EXPECTED = {"loss": (4 * 2 + 7) / 5, "kl": (4 * 0.5 + 3) / 5, "adv_accuracy": 3 / 5}
+
+
+def test_a_row_holds_the_means_over_samples_not_over_micro_batches():
+    assert filled().collect(lambda t: t) == pytest.approx(EXPECTED)
+
+
+def test_a_row_sums_over_ranks_before_it_divides():
+    seen = []
+    row = filled().collect(lambda t: seen.append(t.clone()) or 2 * t)
+    assert row == pytest.approx(EXPECTED)
+    assert seen[0].tolist() == pytest.approx([3.0, 7 - 2.0, 15.0, 5.0])  # adv_accuracy, kl, loss, samples
+
+
+def test_a_row_starts_anew_after_the_last():
+    meters = filled()
+    meters.collect(lambda t: t)
+    meters.add(terms(1.0), torch.tensor([0, 0]))
+    assert meters.collect(lambda t: t) == {"loss": 1.0}
+
+
+def test_no_sample_since_the_last_row_divides_by_one():
+    assert Meters(CPU).collect(lambda t: t) == {}
+    meters = filled()
+    assert meters.collect(torch.zeros_like) == dict.fromkeys(EXPECTED, 0.0)
+
+
+def test_a_branch_that_keeps_some_images_only_has_no_accuracy():
+    meters = Meters(CPU)
+    meters.add(terms(1.0, logits={"adv": one_hot([0, 1]), "clean": one_hot([0])}), torch.tensor([0, 1]))
+    assert meters.collect(lambda t: t) == {"loss": 1.0, "adv_accuracy": 1.0}
+
+
+def test_sums_are_saved_exactly_and_each_rank_takes_back_its_own():
+    meters = filled()
+    meters.add(terms(1 / 3), torch.tensor([0]))
+    state, empty = meters.state(), Meters(CPU).state()
+    for rank in range(2):
+        back = Meters(CPU)
+        back.load([empty, state], rank, world_size=2)
+        assert back.state() == (empty, state)[rank]
+
+
+def test_at_another_world_size_the_first_rank_takes_all_sums_and_the_others_none():
+    state = filled().state()
+    for world_size in (1, 3):
+        taken = [Meters(CPU) for _ in range(world_size)]
+        for rank, meters in enumerate(taken):
+            meters.load([state, state], rank, world_size)
+        assert taken[0].state()["samples"] == 10
+        assert taken[0].collect(lambda t: t) == pytest.approx(EXPECTED)
+        assert all(m.state() == Meters(CPU).state() for m in taken[1:])
+
+
+def test_infinite_sums_are_saved_too():
+    meters = Meters(CPU)
+    meters.add(terms(math.inf), torch.tensor([0]))
+    back = Meters(CPU)
+    back.load([meters.state()], 0, 1)
+    assert back.collect(lambda t: t) == {"loss": math.inf}
+
+
+def test_steps_are_counted_from_the_last_row_or_the_resumed_step():
+    meters = Meters(CPU)
+    assert [meters.steps_since(3), meters.steps_since(7), meters.steps_since(8)] == [4, 4, 1]
+    meters.start_at(20)
+    assert meters.steps_since(21) == 2
+
+
+def result(correct, name="pgd"):
+    return SimpleNamespace(correct=correct, total=10, accuracy=correct / 10, protocol=SimpleNamespace(name=name))
+
+
+def stopping(patience=None, validation=True):
+    attacks = (EvalAttackConfig(kind="clean"),) if validation else ()
+    return EarlyStopping(
+        TrainConfig(epochs=9, batch_size=4, patience_epochs=patience), EvaluationConfig(validation=attacks)
+    )
+
+
+def test_the_last_protocol_selects_and_only_a_better_count_is_the_best():
+    early = stopping()
+    assert early.update(5, [result(9, "clean"), result(4, "pgd")], 5)
+    assert early.best == {"step": 5, "protocol": "pgd", "correct": 4, "total": 10, "accuracy": 0.4}
+    assert not early.update(10, [result(10, "clean"), result(4)], 5)
+    assert early.best["step"] == 5
+    assert early.update(15, [result(0, "clean"), result(5)], 5)
+    assert early.best["step"] == 15
+    assert not early.update(20, [result(3)], 5)
+    assert early.best["correct"] == 5
+
+
+def test_nothing_is_selected_without_validation_or_results():
+    assert not stopping(validation=False).update(5, [result(9)], 5)
+    early = stopping()
+    assert not early.update(5, [], 5)
+    assert early.best is None
+
+
+def test_patience_counts_epochs_since_the_best_round():
+    early = stopping(patience=2)
+    early.update(5, [result(4)], 5)
+    early.update(14, [result(4)], 5)
+    assert not early.should_stop
+    early.update(15, [result(3)], 5)
+    assert early.should_stop
+
+
+def test_no_patience_never_stops():
+    early = stopping()
+    early.update(5, [result(4)], 5)
+    early.update(500, [result(3)], 5)
+    assert early.should_stop is False
+
+
+def test_early_stopping_is_resumed_as_it_was():
+    early, back = stopping(patience=1), stopping(patience=1)
+    early.update(5, [result(4)], 5)
+    early.update(10, [result(4)], 5)
+    back.load_state_dict(early.state_dict())
+    assert (back.best, back.should_stop) == (early.best, True)
