@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -69,3 +70,6 @@ def test_an_attacks_defaults_are_one_untargeted_uniform_start_in_the_box_on_cros
     assert (attack.loss, attack.target, attack.restarts, attack.num_classes) == ("ce", "none", 1, None)
     assert (attack.loss_scale, attack.check_input, attack.fused) == (1.0, True, False)
     assert Threat("linf", 0.1).box == (0.0, 1.0)
+    start = {k: p.default for k, p in inspect.signature(Threat.random_start).parameters.items()}
+    assert (start["draw"], start["kind"], start["std"], start["clean_probability"]) == (0, "uniform", 0.001, 0.0)
+    assert (start["coin_ids"], start["clip"], start["eps"], start["fused"]) == (None, True, None, False)

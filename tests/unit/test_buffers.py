@@ -68,3 +68,87 @@ def test_counters_of_batches_count_the_step_once():
     module, layer = network()
     after(layer, BufferMerger(module, ALONE), [(torch.randn(4, 3, 2, 2), 0.5)] * 2)
     assert layer.num_batches_tracked.item() == 1
+
+
+def test_the_only_group_of_a_step_is_kept_to_the_bit():
+    module, layer = network()
+    merger = BufferMerger(module, ALONE)
+    layer.running_mean.fill_(1e30)
+    merger.begin_step()
+    merger.begin_group()
+    layer.running_mean.fill_(1.0)  # so small beside the start that a sum of increments would lose it
+    merger.end_group(1.0)
+    merger.finish_step()
+    assert layer.running_mean.tolist() == [1.0] * 3
+
+
+def test_every_group_starts_from_the_steps_buffers_and_a_bad_step_is_taken_back():
+    module, layer = network()
+    merger = BufferMerger(module, ALONE)
+    layer.running_var.fill_(2.0)
+    layer.num_batches_tracked.fill_(7)
+    start = {name: value.clone() for name, value in layer.named_buffers()}
+    merger.begin_step()
+    for _ in range(2):
+        merger.begin_group()
+        assert all(torch.equal(value, start[name]) for name, value in layer.named_buffers())
+        layer(torch.randn(4, 3, 2, 2), "adv")
+        merger.end_group(0.5)
+    merger.restore()
+    assert all(torch.equal(value, start[name]) for name, value in layer.named_buffers())
+    merger.begin_step()  # nothing of the step that was taken back is left
+    merger.begin_group()
+    layer.running_mean.fill_(4.0)
+    merger.end_group(1.0)
+    merger.finish_step()
+    assert layer.running_mean.tolist() == [4.0] * 3
+
+
+def test_a_resumed_group_goes_on_where_it_ended_and_replaces_what_it_was():
+    module, layer = network()
+    merger = BufferMerger(module, ALONE)
+    merger.begin_step()
+    for value, weight in ((1.0, 0.25), (5.0, 0.75)):
+        merger.begin_group()
+        layer.running_mean.fill_(value)
+        merger.end_group(weight)
+    merger.resume_group(0)
+    assert layer.running_mean.tolist() == [1.0] * 3
+    layer.running_mean.fill_(9.0)
+    merger.update_group(0)
+    merger.resume_group(1)
+    assert layer.running_mean.tolist() == [5.0] * 3
+    merger.finish_step()
+    assert layer.running_mean.tolist() == [0.25 * 9 + 0.75 * 5] * 3
+
+
+def test_groups_of_other_ranks_are_added_to_this_ones(monkeypatch):
+    """The other rank's groups made 5.0 of a start of 1.0, at a weight of a quarter; this one has three quarters."""
+
+    def add_the_other(world, total):
+        assert world.world_size == 2
+        total += 0.25 * torch.tensor([5.0 - 1.0] * 3 + [0.0] * 3, dtype=torch.float64)
+
+    monkeypatch.setattr("distributed_at.engine.buffers.sum_over_ranks", add_the_other)
+    module, layer = network()
+    merger = BufferMerger(module, World(rank=0, world_size=2, local_rank=0, device=torch.device("cpu")))
+    layer.running_mean.fill_(1.0)
+    merger.begin_step()
+    merger.begin_group()
+    layer.running_mean.fill_(3.0)
+    merger.end_group(0.75)
+    merger.finish_step()
+    assert layer.running_mean.tolist() == [1.0 + 0.75 * 2 + 0.25 * 4] * 3
+    assert layer.running_var.tolist() == [1.0] * 3
+
+
+def test_a_network_without_batch_norm_has_nothing_to_merge():
+    merger = BufferMerger(nn.Linear(2, 2), ALONE)
+    merger.begin_step()
+    for _ in range(2):
+        merger.begin_group()
+        merger.end_group(0.5)
+    merger.resume_group(1)
+    merger.update_group(1)
+    merger.restore()
+    merger.finish_step()

@@ -87,6 +87,47 @@ def test_fixed_test_part_is_always_the_same():
     np.testing.assert_array_equal(test, fixed_test_ids(50, 10)[1])
 
 
+def test_draws_of_a_split_never_change():
+    """A run that goes on under a later version must hold out, keep and order the same images."""
+    ids = np.arange(20)
+    assert carve_validation(ids, size=4, seed=0)[1].tolist() == [0, 8, 11, 18]
+    assert limit_ids(ids, 4, seed=0).tolist() == [1, 3, 8, 17]
+    assert fixed_test_ids(20, 4)[1].tolist() == [2, 8, 9, 14]
+    assert StepOrder(20, 4, seed=0).ids(1, 2).tolist() == [4, 15, 9, 11]
+
+
+def test_a_limit_that_leaves_nothing_out_returns_the_ids_as_they_are():
+    ids = np.array([5, 3, 9])
+    for limit in (None, 3, 4):
+        assert limit_ids(ids, limit, seed=0).tolist() == [5, 3, 9]
+    assert len(limit_ids(ids, 2, seed=0)) == 2
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_every_step_of_every_small_epoch_has_the_length_that_it_says(drop_last):
+    for images in range(1, 14):
+        for batch in range(1, images + (1 if drop_last else 3)):
+            order = StepOrder(images, batch, 0, drop_last)
+            steps = range(order.steps_per_epoch)
+            assert [order.length(s) for s in steps] == [len(order.ids(0, s)) for s in steps]
+            assert order.steps_per_epoch == (images // batch if drop_last else -(-images // batch))
+            for outside in (-1, order.steps_per_epoch):
+                with pytest.raises(ValueError, match="step_in_epoch"):
+                    order.ids(0, outside)
+
+
+def test_an_order_of_nothing_is_refused():
+    for images, batch in ((0, 1), (1, 0)):
+        with pytest.raises(ConfigError, match=">= 1"):
+            StepOrder(images, batch, 0)
+    with pytest.raises(ValueError, match="2 entries for num_samples 3"):
+        StepOrder(3, 1, 0, sample_ids=np.arange(2))
+
+
+def test_the_last_incomplete_batch_is_dropped_unless_kept():
+    assert StepOrder(5, 2, 0).steps_per_epoch == 2
+
+
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_prefetcher_keeps_the_order(depth):
     with Prefetcher(range(20), lambda k: k * k, depth) as items:

@@ -108,3 +108,55 @@ def test_the_other_package_named_apex_is_named_in_the_error(monkeypatch, tmp_pat
 def test_apex_offers_sgd_alone():
     with pytest.raises(ValueError, match="backend apex offers sgd, got adam"):
         _config("apex", name="adam", nesterov=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "expected"),
+    [
+        ({"name": "sgd", "momentum": 0.8, "nesterov": False}, torch.optim.SGD, {"momentum": 0.8, "nesterov": False}),
+        ({"name": "sgd", "momentum": 0.8, "nesterov": True}, torch.optim.SGD, {"nesterov": True, "dampening": 0}),
+        (
+            {"name": "rmsprop", "momentum": 0.7, "rmsprop_decay": 0.95, "eps": 1e-3, "nesterov": False},
+            torch.optim.RMSprop,
+            {"momentum": 0.7, "alpha": 0.95, "eps": 1e-3, "centered": False},
+        ),
+        ({"name": "adam", "eps": 1e-4, "nesterov": False}, torch.optim.Adam, {"eps": 1e-4, "betas": (0.9, 0.999)}),
+        ({"name": "adamw", "eps": 1e-4, "nesterov": False}, torch.optim.AdamW, {"eps": 1e-4, "betas": (0.9, 0.999)}),
+    ],
+    ids=str,
+)
+def test_every_optimiser_gets_the_recipes_numbers_and_decay_where_the_rule_says(options, kind, expected):
+    network = _network()
+    network[0].bias.requires_grad_(False)
+    optimizer = build_optimizer(_config("torch", **options), network, lr=0.03)
+    assert type(optimizer) is kind
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0.03
+        assert {name: group[name] for name in expected} == expected
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = {g["weight_decay"]: [names[id(p)] for p in g["params"]] for g in optimizer.param_groups}
+    assert groups == {1e-2: ["0.weight", "3.weight"], 0.0: ["1.weight", "1.bias", "3.bias"]}  # the frozen bias in none
+
+
+def test_weight_decay_is_added_to_the_gradient_for_all_but_adamw():
+    for name, coupled in (("sgd", True), ("rmsprop", True), ("adam", True), ("adamw", False)):
+        layer = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(layer.weight, 2.0)
+        options = {"name": name, "nesterov": False, "momentum": 0.0, "weight_decay": 0.5, "eps": 1e-12}
+        optimizer = build_optimizer(_config("torch", **options), layer, lr=0.1)
+        layer.weight.grad = torch.zeros(1, 1)
+        optimizer.step()
+        scale = {"sgd": 1.0, "rmsprop": 1.0 / (1 - optimizer.defaults.get("alpha", 0)) ** 0.5, "adam": 1.0}
+        moved = 2.0 - layer.weight.item()
+        gradient = 0.5 * 2.0  # the decay alone; adaptive ones divide it by its own size
+        assert moved == pytest.approx(0.1 * (gradient * scale[name] if coupled else 0.5 * 2.0), rel=1e-5)
+
+
+def test_a_network_without_anything_to_train_is_refused():
+    with pytest.raises(ConfigError, match="no parameter is trainable"):
+        build_optimizer(_config("torch"), _network().requires_grad_(False), lr=0.1)
+
+
+def test_a_network_whose_parameters_are_all_of_one_kind_has_one_group():
+    layer = torch.nn.Linear(2, 2, bias=False)
+    assert len(build_optimizer(_config("torch"), layer, lr=0.1).param_groups) == 1
