@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 WORKERS ?= 2
 
-.PHONY: help demo test test-all mutations lint install gpu gpu-train bench kernels clean
+.PHONY: help demo test test-all mutations mutate lint install gpu gpu-train bench kernels clean
 
 help:
 	@echo "make demo      train robustly on real digits with 2 workers, evaluate, write the report (minutes)"
 	@echo "make test      the tests that CI runs"
 	@echo "make test-all  also the slow ones"
 	@echo "make mutations plant faults in the sources and see that the tests notice"
+	@echo "make mutate    a sample of automatic mutants of the files that decide numbers; again to go on"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks of this machine"
 	@echo "make gpu       everything that needs a GPU, in one command"
@@ -39,6 +40,15 @@ test-all: $(STAMP)
 
 mutations: $(STAMP)
 	$(BIN)/python -m tests.mutations
+
+# Aside and without what the product has in versions of its own.
+COSMIC_RAY := $(VENV)/cosmic-ray
+$(COSMIC_RAY): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(COSMIC_RAY) cosmic-ray==8.7.0 parso==0.8.7 \
+		stevedore==5.10.0 exit-codes==1.3.0 sqlalchemy==2.1.9 attrs==26.1.0 click==8.5.1 toml==0.10.2
+
+mutate: $(STAMP) $(COSMIC_RAY)
+	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/python -m tests.mutations.sweep --tool $(COSMIC_RAY) $(if $(AGAIN),--again)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -57,11 +58,18 @@ def preload() -> None:
         raise RuntimeError("the package is imported already, so a planted fault would not be seen")
 
 
-def run_tests(folder: Path, tests: Sequence[str], log: Path, timeout: float = TIMEOUT) -> tuple[int, float]:
-    """Run tests in a forked process that stands in ``folder``; return pytest's exit code (-1: hung) and the seconds."""
+def run_tests(
+    folder: Path, tests: Sequence[str], log: Path, timeout: float = TIMEOUT, cpu_seconds: int | None = None
+) -> tuple[int, float]:
+    """Run tests in a forked process that stands in ``folder``; return pytest's exit code (-1: hung) and the seconds.
+
+    ``cpu_seconds`` limits its processor time, which a busy machine does not stretch; past it the code is -SIGXCPU.
+    """
     started = time.monotonic()
     child = os.fork()
     if child == 0:
+        if cpu_seconds is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 5))
         _become_pytest(folder, tests, log)
     deadline = started + timeout
     while time.monotonic() < deadline:
@@ -90,9 +98,8 @@ def _become_pytest(folder: Path, tests: Sequence[str], log: Path) -> None:
         os.environ["PYTHONPATH"] = str(folder)
         import pytest
 
-        code = int(
-            pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header", "-rfE", *tests])
-        )
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header", "-rfE"]
+        code = int(pytest.main([*options, "-m", "not slow and not gpu", *tests]))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -107,7 +114,11 @@ def _first_failure(output: str) -> str:
 
 
 def run_all(
-    mutations: Sequence[Mutation], *, processes: int = 2, on_verdict: Callable[[Verdict], None] = lambda verdict: None
+    mutations: Sequence[Mutation],
+    *,
+    processes: int = 2,
+    cpu_seconds: int | None = None,
+    on_verdict: Callable[[Verdict], None] = lambda verdict: None,
 ) -> list[Verdict]:
     """Plant every fault, ``processes`` at a time, each in a copy of its own."""
     preload()
@@ -123,7 +134,7 @@ def run_all(
             mirror, log = mirrors.get()
             try:
                 with mirror.with_fault(mutation):
-                    code, seconds = run_tests(mirror.folder, mutation.tests, log)
+                    code, seconds = run_tests(mirror.folder, mutation.tests, log, cpu_seconds=cpu_seconds)
                 output = log.read_text(errors="replace")
             finally:
                 mirrors.put((mirror, log))

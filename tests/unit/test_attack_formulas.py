@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from distributed_at.attacks import PGD, Goal, Threat, attack_loss
-from distributed_at.attacks.labels import smoothed_cross_entropy
 from distributed_at.errors import ConfigError
 
 THREAT = Threat("linf", 8 / 255)
@@ -48,19 +47,6 @@ def test_dlr_needs_three_classes_and_targeted_four_and_takes_more() -> None:
             attack_loss("dlr", targeted=targeted, num_classes=count)
         with pytest.raises(ConfigError, match=f"at least {least} classes"):
             attack_loss("dlr", targeted=targeted, num_classes=least - 1)
-
-
-@pytest.mark.parametrize("form", ["uniform", "other_classes"])
-def test_smoothed_cross_entropy_weighs_every_class(form: str) -> None:
-    smoothing = 0.2
-    wrong, right = (0.05, 0.85) if form == "uniform" else (0.2 / 3, 0.8)
-    by_hand = [
-        sum((right if k == label else wrong) * minus_log_softmax(row, k) for k in range(4))
-        for row, label in enumerate(LABELS.tolist())
-    ]
-    assert smoothed_cross_entropy(LOGITS, LABELS, smoothing, form=form).tolist() == pytest.approx(by_hand)
-    plain = [minus_log_softmax(0, 0), minus_log_softmax(1, 2)]
-    assert smoothed_cross_entropy(LOGITS, LABELS, 0.0, form=form).tolist() == pytest.approx(plain)
 
 
 def test_an_attacks_defaults_are_one_untargeted_uniform_start_in_the_box_on_cross_entropy() -> None:

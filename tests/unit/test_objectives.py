@@ -11,7 +11,7 @@ import torch
 
 from distributed_at.errors import ConfigError
 from distributed_at.objectives import OBJECTIVES
-from distributed_at.objectives.labels import smooth_labels
+from distributed_at.objectives.labels import smooth_labels, smoothed_cross_entropy
 from distributed_at.objectives.mixture import Mixture, kept_count
 from distributed_at.objectives.page import objectives_page
 from distributed_at.planning import make_plan
@@ -184,3 +184,19 @@ def test_activations_of_all_trained_images_of_a_pair_count_in_the_plan() -> None
     assert activations("objective.name=trades") == 2 * activations()
     assert activations("objective={name: trades, clean_forwards: twice}") == 3 * activations()
     assert activations("objective={name: mixture, clean_ratio: 0.5}") == 1.5 * activations()
+
+
+@pytest.mark.parametrize("form", ["uniform", "other_classes"])
+def test_smoothed_cross_entropy_weighs_every_class(form: str) -> None:
+    """Worked out by hand for two images of four classes."""
+    logits = torch.tensor([[3.0, 1.0, 2.0, -1.0], [0.0, 4.0, 1.0, 2.0]], dtype=torch.float64)
+    surprise = logits.exp().sum(1).log()[:, None] - logits
+    wrong, right = (0.05, 0.85) if form == "uniform" else (0.2 / 3, 0.8)
+    by_hand = [
+        sum((right if k == label else wrong) * surprise[row, k].item() for k in range(4))
+        for row, label in enumerate((0, 2))
+    ]
+    found = smoothed_cross_entropy(logits, torch.tensor([0, 2]), 0.2, form=form)
+    assert found.tolist() == pytest.approx(by_hand)
+    plain = smoothed_cross_entropy(logits, torch.tensor([0, 2]), 0.0, form=form)
+    assert plain.tolist() == pytest.approx([surprise[0, 0].item(), surprise[1, 2].item()])
