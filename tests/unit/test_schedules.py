@@ -110,3 +110,43 @@ def test_fractional_milestones_fall_on_whole_steps():
     schedule = ScheduleConfig(name="piecewise", milestones=(0.3,), boundary="after")
     rates = [learning_rate(s, schedule=schedule, base_lr=1.0, steps_per_epoch=10, num_steps=10) for s in range(10)]
     assert rates == pytest.approx([1.0] * 3 + [0.1] * 7)
+
+
+def test_cyclic_may_peak_at_the_last_step_or_where_the_recipe_says():
+    def rates(peak_epoch):
+        schedule = ScheduleConfig(name="cyclic", peak_epoch=peak_epoch, final_lr=0.1)
+        return [learning_rate(s, schedule=schedule, base_lr=1.1, steps_per_epoch=10, num_steps=20) for s in range(20)]
+
+    assert rates(1.9)[-2:] == pytest.approx([0.1 + 18 / 19, 1.1])
+    assert rates(0.5)[4:7] == pytest.approx([0.9, 1.1, 0.1 + 14 / 15])
+    assert rates(1.85)[18:] == pytest.approx([0.1 + 18 / 18.5, 0.1 + 1 / 1.5])
+
+
+def schedules(schedule, attack=None, **changes):
+    values = {"base_lr": 0.5, "steps_per_epoch": 10, "num_steps": 40}
+    return Schedules(schedule=schedule, attack=attack, **(values | changes))
+
+
+def test_radius_and_epoch_of_a_step():
+    constant = ScheduleConfig(name="constant")
+    attack = AttackConfig(eps=8, num_steps=10, step_size=2, eps_warmup_epochs=2)
+    assert [schedules(constant, attack).eps(s) for s in (0, 5, 20, 39)] == [0.0, 2.0, 8.0, 8.0]
+    assert schedules(constant).eps(7) == 0.0
+    assert schedules(constant).epoch(25) == 2.5
+    assert [schedules(constant).learning_rate(s) for s in (0, 39)] == [0.5, 0.5]
+
+
+def test_steps_worth_printing_are_the_first_the_last_and_those_around_each_change():
+    piecewise = ScheduleConfig(name="piecewise", milestones=(2.0, 3.05), warmup_epochs=0.5)
+    assert schedules(piecewise).warmup_steps == 5
+    assert schedules(piecewise).key_steps() == [0, 5, 18, 19, 20, 29, 30, 31, 39]
+    for name in ("cosine", "exponential", "cyclic"):
+        assert schedules(ScheduleConfig(name=name)).key_steps() == [0, 10, 20, 30, 39]
+    assert schedules(ScheduleConfig(name="constant")).key_steps() == [0, 39]
+    early = ScheduleConfig(name="piecewise", milestones=(0.1, 9.0))
+    assert schedules(early).key_steps() == [0, 1, 39]
+
+
+def test_a_fraction_of_a_warm_up_rises_from_its_start():
+    schedule = ScheduleConfig(name="constant", warmup_epochs=0.5, warmup_start=0.1)
+    assert [schedules(schedule).learning_rate(s) for s in (0, 1, 4, 5)] == pytest.approx([0.1, 0.18, 0.42, 0.5])
