@@ -58,11 +58,20 @@ class Meters:
         """Count from here: the run resumes before ``step``."""
         self._last_step = step - 1
 
-    def collect(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Return sample means over all ranks since the last call; ``reduce`` sums a tensor over ranks."""
-        names = sorted(self._sums)
+    def collect(
+        self,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+        gather: Callable[[list[str]], list[list[str]]] = lambda names: [names],
+    ) -> dict[str, float]:
+        """Return sample means over all ranks since the last call.
+
+        ``reduce`` sums a tensor over ranks. ``gather`` returns every rank's names: a rank that had no samples since the
+        last call, as in an incomplete last batch, knows none, and must reduce a tensor of the same shape.
+        """
+        names = sorted({name for own in gather(sorted(self._sums)) for name in own})
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
         stacked = torch.stack(
-            [self._sums[name].to(self._device) for name in names]
+            [self._sums[name].to(self._device) if name in self._sums else zero for name in names]
             + [torch.tensor(float(self._samples), dtype=torch.float64, device=self._device)]
         )
         total = reduce(stacked).tolist()

@@ -266,7 +266,9 @@ class Trainer:
     def _log_step(self, step: int) -> None:
         p = self.parts
         seconds, wall = self._clock.collect()
-        values = self.meters.collect(lambda t: sum_over_ranks(self.world, t))
+        values = self.meters.collect(
+            lambda sums: sum_over_ranks(self.world, sums), lambda names: gather_all(names, self.world)
+        )
         steps = self.meters.steps_since(step)
         self._event(
             "train",
