@@ -5,6 +5,7 @@ Nothing here trains; ``trainer.py`` runs what is built here.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from distributed_at.engine.regions import count_convolutions
 from distributed_at.engine.runfolder import RunFolder
 from distributed_at.engine.schedules import Schedules
 from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin_check import TwinCheck, wanted
 from distributed_at.models import build_model, measure
 from distributed_at.models.norm import MixtureBatchNorm, bn_layers, norm_layers, set_group_size, set_process_group
 from distributed_at.objectives import OBJECTIVES, Objective, ObjectiveContext, build_objective
@@ -56,6 +58,7 @@ class Parts:
     schedules: Schedules
     total_steps: int
     initial_weights: dict[str, Any] | None = None
+    twin_check: TwinCheck | None = None
 
     @property
     def skips_nonfinite(self) -> bool:
@@ -198,8 +201,9 @@ def build_parts(
     schedules = Schedules.from_config(config, order.steps_per_epoch)
     optimizer = build_optimizer(config.optimizer, module, lr=schedules.learning_rate(0))
     module.train()
+    spare = copy.deepcopy(module) if config.attack is not None and wanted() else None
     engine = TrainingEngine(module, optimizer, plan=plan, parallel=config.parallel, train=config.train, world=world)
-    attack = twin = iteration = None
+    attack = twin = iteration = twin_check = None
     if config.attack is not None:
         attack = PGD.from_config(config.attack, num_classes=num_classes)
         # after the engine exists: DeepSpeed may have moved the parameters' storage
@@ -209,6 +213,9 @@ def build_parts(
         if not plan.group_free:
             set_group_size(twin.module, plan.group_size)  # the attack's forwards hold adversarial images alone
         iteration = build_iteration(config.attack, attack, twin, _attack_work(config, twin, plan, source, order, world))
+        if spare is not None:
+            group_size = None if plan.group_free else plan.group_size
+            twin_check = TwinCheck(spare, engine.module, twin, config.attack, group_size)
     return Parts(
         config=config,
         world=world,
@@ -225,4 +232,5 @@ def build_parts(
         schedules=schedules,
         total_steps=total_steps(config.train.epochs, order.steps_per_epoch),
         initial_weights=initial_weights,
+        twin_check=twin_check,
     )

@@ -162,6 +162,8 @@ class Trainer:
             self._after_step(micros, step)
             with self._clock.section("communication"):
                 p.buffers.finish_step()
+            if p.twin_check is not None:
+                p.twin_check.merged()
             self.guard.passed()
         self.state.step = step + 1
         return stop, back
@@ -202,6 +204,10 @@ class Trainer:
                 assert p.twin is not None
                 if index == 0:
                     p.twin.refresh()  # the optimiser, or a resume, has changed the weights
+                iteration = p.iteration
+                if p.twin_check is not None:
+                    p.twin_check.compare(step, batch)
+                    iteration = p.twin_check.watching(step, iteration or p.attack.iteration(p.twin))
                 adv = p.attack.perturb(
                     p.twin,
                     batch.images,
@@ -211,7 +217,7 @@ class Trainer:
                     seed=self.config.seed,
                     group_ids=batch.group_ids,
                     eps=p.schedules.eps(step) / 255.0,
-                    iteration=p.iteration,
+                    iteration=iteration,
                 )
         with self._clock.section("train"):
             terms = p.objective.loss(p.engine.forward, batch, adv)
@@ -228,6 +234,8 @@ class Trainer:
     def _after_step(self, micros: list[MicroBatch], step: int) -> None:
         """What an objective does with the new weights, group by group, and the average of weights."""
         p = self.parts
+        if p.twin_check is not None:
+            p.twin_check.stepped(step)
         if p.objective.has_after_step:
             with self._clock.section("train"):
                 for index, micro in enumerate(micros):
