@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -134,3 +136,54 @@ def test_global_generators_are_untouched() -> None:
 def test_too_many_draws_are_refused() -> None:
     with pytest.raises(ValueError, match="draw"):
         rng.words(0, Purpose.START, 0, np.arange(2), 1, draw=1 << 24)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_normals_are_box_mullers_of_the_same_uniforms(count: int) -> None:
+    ids = torch.arange(200)
+    found = rng.normal(4, Purpose.START, 1, ids, count, draw=3)
+    pairs = rng.uniform(4, Purpose.START, 1, ids, count + count % 2, draw=3).double().view(200, -1, 2)
+    radius = (-2 * (pairs[..., 0] + 2.0**-25).log()).sqrt()
+    angle = 2 * math.pi * pairs[..., 1]
+    by_hand = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).view(200, -1)[:, :count]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), by_hand, rtol=0, atol=2e-5)
+
+
+def test_a_uniform_of_zero_has_a_normal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rng, "uniform", lambda *a, **k: torch.zeros(1, 2))
+    assert rng.normal(0, Purpose.START, 0, torch.tensor([0]), 2)[0].tolist() == pytest.approx(
+        [math.sqrt(50 * math.log(2)), 0]
+    )
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_uniforms_are_the_top_24_bits_and_limits_scale_the_word(kind) -> None:
+    ids = kind([3, 2**32 - 1])
+    words = [[int(w) for w in row] for row in rng.words(6, Purpose.FLIP, 2, ids, 5)]
+    assert rng.uniform(6, Purpose.FLIP, 2, ids, 5).tolist() == [[(w >> 8) / 2**24 for w in row] for row in words]
+    for limit in (1, 2, 10, 2**31):
+        assert rng.below(limit, 6, Purpose.FLIP, 2, ids, 5).tolist() == [
+            [w * limit >> 32 for w in row] for row in words
+        ]
+
+
+def test_an_order_sorts_by_the_samples_two_words_and_then_by_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = rng.words(8, Purpose.SPLIT, 3, np.arange(50), 2).tolist()
+    by_hand = sorted(range(50), key=lambda i: (words[i][0], words[i][1], i))
+    assert rng.permutation(8, 3, 50, purpose=Purpose.SPLIT).tolist() == by_hand
+    tied = np.array([[2, 1], [1, 5], [2, 0], [1, 5], [0, 9]])
+    monkeypatch.setattr(rng, "words", lambda *a, **k: tied)
+    assert rng.permutation(0, 0, 5).tolist() == [4, 1, 3, 2, 0]
+
+
+def test_the_words_of_a_seed_use_all_its_64_bits_and_an_epoch_its_32() -> None:
+    ids = np.arange(4)
+    assert len({rng.words(seed, Purpose.ORDER, 0, ids, 4).tobytes() for seed in (0, 1, 2**31, 2**32, 2**63)}) == 5
+    assert len({rng.words(0, Purpose.ORDER, epoch, ids, 4).tobytes() for epoch in (0, 1, rng.EVALUATION_EPOCH)}) == 3
+    assert rng.EVALUATION_EPOCH == 2**31
+    last = (1 << 24) - 1
+    assert rng.words(0, Purpose.ORDER, 0, ids, 4, draw=last).shape == (4, 4)
+    for draw in (-1, last + 1):
+        with pytest.raises(ValueError, match="draw must be"):
+            rng.words(0, Purpose.ORDER, 0, ids, 4, draw=draw)
