@@ -111,13 +111,24 @@ def _record(path: Path, job: str, verdict: Verdict) -> None:
         db.set_result(job, result)
 
 
+def _survivor(item: Any, result: Any) -> sweep_table.Survivor:
+    (m,) = item.mutations
+    return sweep_table.survivor(str(m.module_path), m.start_pos[0], m.operator_name, result.diff)
+
+
 def _pending(path: Path, again: bool) -> list[Any]:
     from cosmic_ray.work_db import WorkDB, use_db
     from cosmic_ray.work_item import TestOutcome
 
     with use_db(path, WorkDB.Mode.open) as db:
         if again:
-            return [item for item, result in db.completed_work_items if result.test_outcome == TestOutcome.SURVIVED]
+            known = sweep_table.reasons()
+            lived = [
+                (item, _survivor(item, r))
+                for item, r in db.completed_work_items
+                if r.test_outcome == TestOutcome.SURVIVED
+            ]
+            return [item for item, found in lived if not sweep_table.reason_for(found, known)]
         return sorted(db.pending_work_items, key=lambda item: item.mutations[0].start_pos)
 
 
@@ -130,12 +141,11 @@ def _counts(path: Path) -> tuple[sweep_table.Counts, list[sweep_table.Survivor]]
     with use_db(path, WorkDB.Mode.open) as db:
         counts.left = len(db.pending_work_items)
         for item, result in db.completed_work_items:
-            (m,) = item.mutations
             if result.worker_outcome == WorkerOutcome.SKIPPED:
                 counts.undrawn += result.output == _UNDRAWN
             elif result.test_outcome == TestOutcome.SURVIVED:
                 counts.survived += 1
-                survivors.append(sweep_table.survivor(str(m.module_path), m.start_pos[0], m.operator_name, result.diff))
+                survivors.append(_survivor(item, result))
             elif result.output == "timeout":
                 counts.timed_out += 1
             else:
@@ -150,7 +160,9 @@ def main() -> int:
     parser.add_argument("--session", type=Path, default=ROOT / "build" / "mutate", help="where the sessions are kept")
     parser.add_argument("--share", type=float, default=SHARE, help="share of each file's places to draw")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--again", action="store_true", help="run the survivors again: the tests have changed")
+    parser.add_argument(
+        "--again", action="store_true", help="run survivors without a reason again: there are new tests"
+    )
     parser.add_argument("--no-baseline", action="store_true", help="skip the run of the tests on the product as it is")
     parser.add_argument("--only-table", action="store_true", help="run nothing; write the table of what is known")
     parser.add_argument("--output", type=Path, default=_HERE / "sweep.md", help="the table, as Markdown")

@@ -129,3 +129,16 @@ def test_steps_of_an_epoch_and_of_a_run():
         if images >= batch:
             assert steps_per_epoch(images, batch, drop_last=True) == len(range(0, images - batch + 1, batch))
     assert [total_steps(e, 10) for e in (0.01, 0.1, 0.16, 1, 2.54)] == [1, 1, 2, 10, 25]
+
+
+def test_groups_are_required_whole_only_where_something_needs_it():
+    spanning = BatchPlan.resolve(batch_size=16, world_size=4, bn_group_size=8)
+    with pytest.raises(
+        ConfigError, match=r"^free adversarial training, but a group of 8 spans 2 ranks here: use at most 2 "
+    ):
+        spanning.require_whole_groups("free adversarial training")
+    spanning.require_whole_groups("")
+    for workers in (1, 2):
+        whole = BatchPlan.resolve(batch_size=16, world_size=workers, bn_group_size=8)
+        whole.require_whole_groups("free adversarial training")
+        whole.require_whole_groups("")

@@ -12,7 +12,8 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from distributed_at.config import AttackConfig, EvalAttackConfig
 from distributed_at.evaluation import autoattack, build_protocol
 from distributed_at.evaluation.outcome import Outcome, ThreatViolationError, inside_ball, perturbation_size
-from distributed_at.evaluation.pgd import build_attack
+from distributed_at.evaluation.pgd import build_attack, run_pgd
+from distributed_at.evaluation.protocol import effective_dtype
 
 CPU = torch.device("cpu")
 
@@ -193,3 +194,65 @@ def test_a_pgd_protocol_is_the_attack_that_runs(start):
 def test_a_protocol_of_clean_accuracy_names_no_attack():
     made = build_protocol(EvalAttackConfig(kind="clean"), weights="w", ids=np.array([3, 3, 1]), num_classes=10)
     assert (made.num_samples, made.eps, made.attacks, made.step_size, made.restarts) == (2, 0.0, (), 0.0, 0)
+
+
+def test_tf32_is_how_a_device_computes_and_not_another_attack():
+    """A protocol names it, since the number depends on it; the attack's own arithmetic is float32 then."""
+    attack = AttackConfig(eps=8, num_steps=2, step_size=2)
+    made = build_protocol(EvalAttackConfig(kind="pgd", attack=attack), weights="w", ids=np.arange(4), num_classes=10)
+    assert made.dtype == "fp32"
+    assert build_attack(dataclasses.replace(made, dtype="tf32")) == build_attack(made)
+    assert build_attack(dataclasses.replace(made, dtype="fp16")).loss_scale == 128.0
+
+
+@pytest.mark.parametrize("target", ["most_confusing", "least_likely", "random_other", "none"])
+def test_a_targeted_attack_counts_its_hits_in_every_restart_and_an_untargeted_one_none(target):
+    """Logits are the first ten pixels, so that 100/255 up on the target and down elsewhere always wins."""
+    attack = AttackConfig(eps=100, num_steps=4, step_size=50, restarts=2, target=target)
+    made = build_protocol(EvalAttackConfig(kind="pgd", attack=attack), weights="w", ids=np.arange(6), num_classes=10)
+    x = torch.full((6, 1, 4, 4), 0.5) + 0.01 * torch.rand((6, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    y, asked = linear(x).argmax(1), []
+    outcome = run_pgd(lambda z: asked.append(len(z)) or linear(z), x, y, ids=torch.arange(6), protocol=made)
+    assert outcome.broken.all()
+    assert outcome.target_hit.all() == (target != "none")
+    assert outcome.target_hit.any() == (target != "none")
+    assert (set(asked[len(asked) // 2 :]) == {6}) or target == "none"
+    first_restart_alone = len(asked) == 5  # four steps and the verdict; nothing is left for the second
+    assert first_restart_alone == (target == "none")
+
+
+def test_the_published_autoattack_is_the_default():
+    made = protocol()
+    assert (made.chunk_size, made.num_steps, made.num_queries, made.eot_steps) == (128, 100, 5000, 1)
+    assert made.scope == "clean_correct"
+
+
+def test_what_a_number_is_called_follows_its_kind():
+    metrics = {kind: dataclasses.replace(protocol(), kind=kind).metric for kind in ("autoattack", "clean", "pgd")}
+    assert metrics == {"autoattack": "robust_accuracy", "clean": "clean_accuracy", "pgd": "robust_accuracy"}
+
+
+@pytest.fixture
+def float32_backends():
+    """Convolutions and products, set to plain float32; they come back as they were."""
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [each.fp32_precision for each in backends]
+    for each in backends:
+        each.fp32_precision = "ieee"
+    yield backends
+    for each, precision in zip(backends, before, strict=True):
+        each.fp32_precision = precision
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["convolutions", "products"])
+def test_float32_is_named_tf32_where_a_gpu_computes_so(which, float32_backends, monkeypatch):
+    gpu = torch.device("cuda")
+    capability = [8, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    assert effective_dtype("fp32", gpu) == "fp32"
+    float32_backends[which].fp32_precision = "tf32"
+    assert effective_dtype("fp32", gpu) == "tf32"
+    assert [effective_dtype(d, gpu) for d in ("bf16", "fp16")] == ["bf16", "fp16"]
+    assert effective_dtype("fp32", CPU) == "fp32"
+    capability[0] = 7
+    assert effective_dtype("fp32", gpu) == "fp32"

@@ -267,3 +267,11 @@ def test_a_copy_shares_the_process_group_but_no_storage() -> None:
     assert not {t.data_ptr() for t in model.state_dict().values()} & {
         t.data_ptr() for t in duplicate.state_dict().values()
     }
+
+
+def test_a_new_layer_is_torchs_own() -> None:
+    ours, theirs = BatchNorm(3), nn.BatchNorm2d(3)
+    assert (ours.eps, ours.momentum) == (theirs.eps, theirs.momentum)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
