@@ -153,3 +153,12 @@ def test_early_stopping_is_resumed_as_it_was():
     early.update(10, [result(4)], 5)
     back.load_state_dict(early.state_dict())
     assert (back.best, back.should_stop) == (early.best, True)
+
+
+def test_a_rank_without_samples_reduces_what_the_others_do():
+    seen = []
+    row = Meters(CPU).collect(
+        lambda t: seen.append(t.clone()) or t + 2.0, gather=lambda own: [own, ["loss", "kl"], ["kl"]]
+    )
+    assert seen[0].tolist() == [0.0, 0.0, 0.0]  # kl, loss, samples
+    assert row == {"kl": 1.0, "loss": 1.0}
