@@ -13,41 +13,47 @@ from distributed_at.objectives import Terms
 
 
 class Meters:
-    """Sums on the device, read only when a row is logged, so that no step waits for the GPU."""
+    """Sums on the device, read only when a row is logged, so that no step waits for the GPU.
+
+    Each number is a mean over the images that it was computed from: those of the micro-batches that have it, and of a
+    branch that keeps some images of a batch these alone.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, torch.Tensor] = {}
-        self._samples = 0
+        self._counts: dict[str, int] = {}  # name -> images that its sum is over
+        self._images = 0  # trained on since the last row, or since a resume: those that the clock has seen
         self._last_step = -1
 
     def add(self, terms: Terms, labels: torch.Tensor) -> None:
         """Count one micro-batch's loss, its terms and the accuracy of its logits."""
         n = len(labels)
-        values = {"loss": terms.loss.detach() * n}
-        values.update({f"{name}": value.detach() * n for name, value in terms.terms.items() if name != "loss"})
+        for name, value in {**terms.terms, "loss": terms.loss}.items():
+            count = terms.counts.get(name, n)
+            self._add(name, value.detach().to(torch.float64) * count, count)
         for branch, logits in terms.logits.items():
-            if len(logits) == n:  # a mixture keeps some clean images only; their share would not be of this batch
-                hits = logits.detach().argmax(1) == terms.labels_of(branch, labels)
-                values[f"{branch}_accuracy"] = hits.sum()
-        for name, value in values.items():
-            value = value.to(torch.float64)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._samples += n
+            hits = logits.detach().argmax(1) == terms.labels_of(branch, labels)
+            self._add(f"{branch}_accuracy", hits.sum(), len(hits))
+        self._images += n
+
+    def _add(self, name: str, value: torch.Tensor, count: int) -> None:
+        value = value.to(torch.float64)
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + count
 
     def state(self) -> dict[str, Any]:
         """Return this rank's sums since the last row as JSON, exactly (hexadecimal floats; infinities too)."""
-        return {"samples": self._samples, "sums": {name: float(v).hex() for name, v in self._sums.items()}}
+        return {"counts": dict(self._counts), "sums": {name: float(v).hex() for name, v in self._sums.items()}}
 
     def load(self, states: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
         """Take back the sums of all ranks; at another world size the first rank takes them all."""
         mine = list(states[rank : rank + 1]) if len(states) == world_size else list(states) if rank == 0 else []
-        self._sums, self._samples = {}, sum(state["samples"] for state in mine)
+        self._sums, self._counts = {}, {}
         for state in mine:
             for name, value in state["sums"].items():
-                self._sums[name] = self._sums.get(name, 0.0) + torch.tensor(
-                    float.fromhex(value), dtype=torch.float64, device=self._device
-                )
+                exact = torch.tensor(float.fromhex(value), dtype=torch.float64, device=self._device)
+                self._add(name, exact, state["counts"][name])
 
     def steps_since(self, step: int) -> int:
         """Return the steps since the last row, and start counting anew."""
@@ -56,27 +62,28 @@ class Meters:
 
     def start_at(self, step: int) -> None:
         """Count from here: the run resumes before ``step``."""
-        self._last_step = step - 1
+        self._last_step, self._images = step - 1, 0
 
     def collect(
         self,
         reduce: Callable[[torch.Tensor], torch.Tensor],
         gather: Callable[[list[str]], list[list[str]]] = lambda names: [names],
-    ) -> dict[str, float]:
-        """Return sample means over all ranks since the last call.
+    ) -> tuple[dict[str, float], int]:
+        """Return means over all ranks since the last call, and on how many images all ranks have trained since.
 
-        ``reduce`` sums a tensor over ranks. ``gather`` returns every rank's names: a rank that had no samples since the
+        ``reduce`` sums a tensor over ranks. ``gather`` returns every rank's names: a rank that had no images since the
         last call, as in an incomplete last batch, knows none, and must reduce a tensor of the same shape.
         """
         names = sorted({name for own in gather(sorted(self._sums)) for name in own})
-        zero = torch.zeros((), dtype=torch.float64, device=self._device)
-        stacked = torch.stack(
-            [self._sums[name].to(self._device) if name in self._sums else zero for name in names]
-            + [torch.tensor(float(self._samples), dtype=torch.float64, device=self._device)]
-        )
-        total = reduce(stacked).tolist()
-        self._sums, self._samples = {}, 0
-        return {name: value / max(total[-1], 1.0) for name, value in zip(names, total[:-1], strict=True)}
+        counts = [self._counts.get(name, 0) for name in names]
+        total = torch.tensor([*(0.0 for _ in names), *counts, self._images], dtype=torch.float64, device=self._device)
+        for place, name in enumerate(names):
+            if name in self._sums:
+                total[place] = self._sums[name]
+        *found, images = reduce(total).tolist()
+        means = zip(names, found[: len(names)], found[len(names) :], strict=True)
+        self._sums, self._counts, self._images = {}, {}, 0
+        return {name: value / count for name, value, count in means if count}, int(images)
 
 
 class EarlyStopping:

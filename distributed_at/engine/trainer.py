@@ -274,7 +274,7 @@ class Trainer:
     def _log_step(self, step: int) -> None:
         p = self.parts
         seconds, wall = self._clock.collect()
-        values = self.meters.collect(
+        values, images = self.meters.collect(
             lambda sums: sum_over_ranks(self.world, sums), lambda names: gather_all(names, self.world)
         )
         steps = self.meters.steps_since(step)
@@ -283,7 +283,7 @@ class Trainer:
             **values,
             lr=p.schedules.learning_rate(step),
             eps=p.schedules.eps(step) if p.attack is not None else 0.0,
-            images_per_second=steps * p.plan.batch_size / max(wall, 1e-9),
+            images_per_second=images / max(wall, 1e-9),
             seconds=seconds,
             wall_seconds=wall,
             total_steps=p.total_steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -39,12 +39,14 @@ class Terms:
         terms: name -> scalar, detached, for the log.
         logits: "clean" and / or "adv" -> (N, K), detached, for accuracies. Kept by name, never by position.
         clean_rows: (M,) int64 rows of the batch that ``logits["clean"]`` belongs to; None = all of them.
+        counts: term -> images that it is a mean over, where it is not all of the batch.
     """
 
     loss: torch.Tensor
     terms: dict[str, torch.Tensor]
     logits: dict[str, torch.Tensor]
     clean_rows: torch.Tensor | None = None
+    counts: dict[str, int] = field(default_factory=dict)
 
     def labels_of(self, name: str, labels: torch.Tensor) -> torch.Tensor:
         """Return the labels that belong to ``logits[name]``, given those of the whole batch (N,)."""

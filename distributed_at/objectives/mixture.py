@@ -111,7 +111,8 @@ class Mixture(Objective):
             loss = loss + c.logit_pairing * pairing
             terms["logit_pairing"] = pairing.detach()
         logits = {"clean": clean_logits.detach(), "adv": adv_logits.detach()}
-        return Terms(loss, terms, logits, None if len(rows) == len(batch) else rows)
+        whole = len(rows) == len(batch)
+        return Terms(loss, terms, logits, None if whole else rows, {} if whole else {"clean_loss": len(rows)})
 
     def _logits(
         self, forward: Forward, batch: Batch, adv: torch.Tensor, rows: torch.Tensor

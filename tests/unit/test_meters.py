@@ -24,7 +24,7 @@ def collected(meters: list[Meters]) -> list[dict[str, float]]:
         twin.collect(lambda sums: asked.append(sums.clone()) or sums, lambda own: names)
     assert len({tuple(sums.shape) for sums in asked}) == 1, "ranks would reduce tensors of different shapes"
     total = torch.stack(asked).sum(dim=0)
-    return [m.collect(lambda sums: total, lambda own: names) for m in meters]
+    return [m.collect(lambda sums: total, lambda own: names)[0] for m in meters]
 
 
 def test_row_is_the_mean_over_the_samples_of_all_ranks():

@@ -36,33 +36,53 @@ EXPECTED = {"loss": (4 * 2 + 7) / 5, "kl": (4 * 0.5 + 3) / 5, "adv_accuracy": 3 
 
 
 def test_a_row_holds_the_means_over_samples_not_over_micro_batches():
-    assert filled().collect(lambda t: t) == pytest.approx(EXPECTED)
+    row, images = filled().collect(lambda t: t)
+    assert row == pytest.approx(EXPECTED)
+    assert images == 5
 
 
 def test_a_row_sums_over_ranks_before_it_divides():
     seen = []
-    row = filled().collect(lambda t: seen.append(t.clone()) or 2 * t)
+    row, images = filled().collect(lambda t: seen.append(t.clone()) or 2 * t)
     assert row == pytest.approx(EXPECTED)
-    assert seen[0].tolist() == pytest.approx([3.0, 7 - 2.0, 15.0, 5.0])  # adv_accuracy, kl, loss, samples
+    assert images == 10
+    # adv_accuracy, kl, loss; the images of each; images
+    assert seen[0].tolist() == pytest.approx([3.0, 7 - 2.0, 15.0, 5.0, 5.0, 5.0, 5.0])
 
 
 def test_a_row_starts_anew_after_the_last():
     meters = filled()
     meters.collect(lambda t: t)
     meters.add(terms(1.0), torch.tensor([0, 0]))
-    assert meters.collect(lambda t: t) == {"loss": 1.0}
+    assert meters.collect(lambda t: t) == ({"loss": 1.0}, 2)
 
 
-def test_no_sample_since_the_last_row_divides_by_one():
-    assert Meters(CPU).collect(lambda t: t) == {}
-    meters = filled()
-    assert meters.collect(torch.zeros_like) == dict.fromkeys(EXPECTED, 0.0)
+def test_no_image_since_the_last_row_gives_no_number():
+    assert Meters(CPU).collect(lambda t: t) == ({}, 0)
+    assert filled().collect(torch.zeros_like) == ({}, 0)
 
 
-def test_a_branch_that_keeps_some_images_only_has_no_accuracy():
+def test_numbers_of_a_branch_that_keeps_some_images_are_over_these_alone():
     meters = Meters(CPU)
-    meters.add(terms(1.0, logits={"adv": one_hot([0, 1]), "clean": one_hot([0])}), torch.tensor([0, 1]))
-    assert meters.collect(lambda t: t) == {"loss": 1.0, "adv_accuracy": 1.0}
+    logits, kept = {"adv": one_hot([0, 1]), "clean": one_hot([1])}, torch.tensor([1])
+    meters.add(
+        Terms(torch.tensor(1.0), {"clean_loss": torch.tensor(2.0)}, logits, kept, {"clean_loss": 1}),
+        torch.tensor([0, 1]),
+    )
+    meters.add(terms(4.0, logits={"adv": one_hot([0])}), torch.tensor([2]))  # keeps none
+    row, images = meters.collect(lambda t: t)
+    assert row == pytest.approx({"loss": 2.0, "clean_loss": 2.0, "adv_accuracy": 2 / 3, "clean_accuracy": 1.0})
+    assert images == 3
+
+
+def test_images_before_a_resume_are_in_the_means_and_not_in_the_rate():
+    back = Meters(CPU)
+    back.load([filled().state()], 0, 1)
+    back.start_at(7)
+    back.add(terms(10.0), torch.tensor([0]))
+    row, images = back.collect(lambda t: t)
+    assert row["loss"] == pytest.approx((15 + 10) / 6)
+    assert images == 1
 
 
 def test_sums_are_saved_exactly_and_each_rank_takes_back_its_own():
@@ -81,8 +101,8 @@ def test_at_another_world_size_the_first_rank_takes_all_sums_and_the_others_none
         taken = [Meters(CPU) for _ in range(world_size)]
         for rank, meters in enumerate(taken):
             meters.load([state, state], rank, world_size)
-        assert taken[0].state()["samples"] == 10
-        assert taken[0].collect(lambda t: t) == pytest.approx(EXPECTED)
+        assert taken[0].state()["counts"] == dict.fromkeys(EXPECTED, 10)
+        assert taken[0].collect(lambda t: t)[0] == pytest.approx(EXPECTED)
         assert all(m.state() == Meters(CPU).state() for m in taken[1:])
 
 
@@ -91,7 +111,7 @@ def test_infinite_sums_are_saved_too():
     meters.add(terms(math.inf), torch.tensor([0]))
     back = Meters(CPU)
     back.load([meters.state()], 0, 1)
-    assert back.collect(lambda t: t) == {"loss": math.inf}
+    assert back.collect(lambda t: t)[0] == {"loss": math.inf}
 
 
 def test_steps_are_counted_from_the_last_row_or_the_resumed_step():
