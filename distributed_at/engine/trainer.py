@@ -164,6 +164,8 @@ class Trainer:
                 p.buffers.finish_step()
             if p.twin_check is not None:
                 p.twin_check.merged()
+            if p.average is not None:  # last: it may average the statistics too, and they are the step's by now
+                p.average.update(step)
             self.guard.passed()
         self.state.step = step + 1
         return stop, back
@@ -232,7 +234,7 @@ class Trainer:
         return replace(terms, loss=terms.loss.detach())
 
     def _after_step(self, micros: list[MicroBatch], step: int) -> None:
-        """What an objective does with the new weights, group by group, and the average of weights."""
+        """What an objective does with the new weights, group by group."""
         p = self.parts
         if p.twin_check is not None:
             p.twin_check.stepped(step)
@@ -242,8 +244,6 @@ class Trainer:
                     p.buffers.resume_group(index)
                     p.objective.after_step(p.engine.forward, micro.batch)
                     p.buffers.update_group(index)
-        if p.average is not None:
-            p.average.update(step)
 
     def _agree(self, done: list[Terms], micros: list[MicroBatch]) -> tuple[bool, int]:
         """Agree over ranks: is any asked to stop, and did anything of this step go wrong (``nonfinite``'s codes)?"""
