@@ -12,6 +12,8 @@ from torch import nn
 from distributed_at.engine.parallel import World, sum_over_ranks
 from distributed_at.models.norm import bn_buffers
 
+_Buffers = tuple[torch.Tensor, torch.Tensor]  # running means and variances, flat; counters of batches
+
 
 class BufferMerger:
     """Keeps one copy of the BN buffers per group of a step and merges them at the step's end."""
@@ -21,43 +23,39 @@ class BufferMerger:
         self._floating = [b for b in named.values() if b.is_floating_point()]
         self._counters = [b for b in named.values() if not b.is_floating_point()]
         self._world = world
-        self._start: torch.Tensor | None = None
-        self._start_counters: list[torch.Tensor] = []
-        self._groups: list[tuple[torch.Tensor, float]] = []
+        self._start: _Buffers | None = None
+        self._groups: list[tuple[_Buffers, float]] = []
 
-    def _flat(self) -> torch.Tensor:
-        return torch.cat([b.detach().reshape(-1) for b in self._floating])
+    def _read(self) -> _Buffers:
+        return torch.cat([b.detach().reshape(-1) for b in self._floating]), torch.stack(self._counters)
 
-    def _write(self, flat: torch.Tensor) -> None:
+    def _write(self, buffers: _Buffers) -> None:
+        flat, counts = buffers
         pieces = flat.split([b.numel() for b in self._floating])
         torch._foreach_copy_(self._floating, [p.view_as(b) for p, b in zip(pieces, self._floating, strict=True)])
+        torch._foreach_copy_(self._counters, list(counts.unbind()))
 
     def begin_step(self) -> None:
         """Remember the buffers that every group of this step starts from."""
         self._groups = []
         if self._floating:
-            self._start = self._flat()
-            self._start_counters = [c.clone() for c in self._counters]
+            self._start = self._read()
 
     def restore(self) -> None:
         """Put back what the step started from: its groups saw numbers that are not finite."""
-        if self._floating and self._start is not None:
+        if self._start is not None:
             self._write(self._start)
-            for counter, start in zip(self._counters, self._start_counters, strict=True):
-                counter.copy_(start)
         self._groups = []
 
     def begin_group(self) -> None:
         """Put the step's buffers back before the next group runs."""
-        if self._floating and self._groups and self._start is not None:
+        if self._groups and self._start is not None:
             self._write(self._start)
-            for counter, start in zip(self._counters, self._start_counters, strict=True):
-                counter.copy_(start)
 
     def end_group(self, weight: float) -> None:
         """Keep what the group made of the buffers; ``weight`` is its share of the global batch's samples."""
         if self._floating:
-            self._groups.append((self._flat(), weight))
+            self._groups.append((self._read(), weight))
 
     def resume_group(self, index: int) -> None:
         """Continue group ``index`` from where it ended, for forwards that come after the optimiser step."""
@@ -67,17 +65,19 @@ class BufferMerger:
     def update_group(self, index: int) -> None:
         """Keep what a resumed group made of the buffers."""
         if self._floating:
-            self._groups[index] = (self._flat(), self._groups[index][1])
+            self._groups[index] = (self._read(), self._groups[index][1])
 
     def finish_step(self) -> None:
-        """Set the buffers to the weighted mean over all groups and ranks."""
+        """Set the buffers to the weighted mean over all groups and ranks, counters of batches to the nearest whole number."""
         if not self._floating or (self._world.world_size == 1 and len(self._groups) == 1):
             return
         # The mean of increments, not of values: a constant buffer stays bitwise what it was.
-        start = self._start
-        assert start is not None
-        total = torch.zeros_like(start, dtype=torch.float64)
-        for flat, weight in self._groups:
-            total += (flat.double() - start.double()) * weight
+        assert self._start is not None
+        flat, counts = self._start
+        start = torch.cat([flat.double(), counts.double()])
+        total = torch.zeros_like(start)
+        for group, weight in self._groups:
+            total += (torch.cat([part.double() for part in group]) - start) * weight
         sum_over_ranks(self._world, total)
-        self._write((start.double() + total).to(start.dtype))
+        merged, counted = (start + total).split([flat.numel(), counts.numel()])
+        self._write((merged.to(flat.dtype), counted.round().to(counts.dtype)))

@@ -127,7 +127,9 @@ def test_groups_of_other_ranks_are_added_to_this_ones(monkeypatch):
 
     def add_the_other(world, total):
         assert world.world_size == 2
-        total += 0.25 * torch.tensor([5.0 - 1.0] * 3 + [0.0] * 3, dtype=torch.float64)
+        total += 0.25 * torch.tensor(
+            [5.0 - 1.0] * 3 + [0.0] * 3 + [0.0], dtype=torch.float64
+        )  # means, variances, counts
 
     monkeypatch.setattr("distributed_at.engine.buffers.sum_over_ranks", add_the_other)
     module, layer = network()
@@ -152,3 +154,19 @@ def test_a_network_without_batch_norm_has_nothing_to_merge():
     merger.update_group(1)
     merger.restore()
     merger.finish_step()
+
+
+def test_forwards_after_the_optimiser_step_are_counted_once_too():
+    module, layer = network()
+    merger, x = BufferMerger(module, ALONE), torch.randn(4, 3, 2, 2)
+    merger.begin_step()
+    for _ in range(2):
+        merger.begin_group()
+        layer(x, "adv")
+        merger.end_group(0.5)
+    for index in range(2):
+        merger.resume_group(index)
+        layer(x, "adv")
+        merger.update_group(index)
+    merger.finish_step()
+    assert layer.num_batches_tracked.item() == 2
