@@ -35,7 +35,7 @@ from distributed_at.engine.schedules import Schedules
 from distributed_at.engine.twin import Twin
 from distributed_at.engine.twin_check import TwinCheck, wanted
 from distributed_at.models import build_model, measure
-from distributed_at.models.norm import MixtureBatchNorm, bn_layers, norm_layers, set_group_size, set_process_group
+from distributed_at.models.norm import bn_layers, set_group_size, set_process_group
 from distributed_at.objectives import OBJECTIVES, Objective, ObjectiveContext, build_objective
 
 
@@ -119,12 +119,9 @@ def set_groups(module: nn.Module, objective: Objective, plan: BatchPlan) -> None
     """Tell BN which consecutive samples of a forward form a group, branch by branch (design invariant 2)."""
     if plan.group_free:
         return
-    sizes = objective.bn_group_sizes(plan.group_size)
-    for layer in norm_layers(module):
-        if isinstance(layer, MixtureBatchNorm):
-            layer.clean.group_size, layer.adv.group_size = sizes["clean"], sizes["adv"]
-        else:
-            set_group_size(layer, sizes["adv"])
+    for branch, size in objective.bn_group_sizes(plan.group_size).items():
+        for layer in bn_layers(module, branch):  # a plain one serves both branches, whose sizes are then equal
+            layer.group_size = size
 
 
 def synchronise_groups(module: nn.Module, config: RunConfig, plan: BatchPlan, world: World) -> None:
