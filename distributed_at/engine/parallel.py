@@ -23,7 +23,7 @@ from distributed_at.config import ParallelConfig, TrainConfig
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.launch import detect_rank, export_rendezvous
 from distributed_at.errors import ConfigError
-from distributed_at.models.norm import set_bn_mode
+from distributed_at.models.norm import group_shares, set_bn_mode
 
 T = TypeVar("T")
 
@@ -214,10 +214,15 @@ class TrainingEngine:
             set_bn_mode(self.module, "train")
 
     def forward(
-        self, x: torch.Tensor, branch: str = "adv", bn: Literal["train", "batch"] = "train", grad: bool = True
+        self,
+        x: torch.Tensor,
+        branch: str = "adv",
+        bn: Literal["train", "batch"] = "train",
+        grad: bool = True,
+        shares: tuple[float, ...] | None = None,
     ) -> torch.Tensor:
-        """Return logits (N, K) in float32; ``bn='batch'`` leaves running statistics alone, ``grad=False`` the weights."""
-        with self._bn(bn), self._autocast():
+        """Return logits (N, K) in float32; the arguments are those of ``objectives.Forward``."""
+        with self._bn(bn), group_shares(self.module, shares), self._autocast():
             if grad:
                 logits = self.engine(x, branch=branch)
             else:

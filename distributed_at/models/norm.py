@@ -49,6 +49,7 @@ class BatchNorm(nn.Module):
         group_size: samples whose statistics are taken together. A larger batch is cut into consecutive groups, the last
             may be smaller; the running statistics then move to the sample-weighted mean of what each group alone would
             have made of them. None = the whole batch.
+        shares: what each group of the batch counts in the running statistics; None = by its samples.
         process_group: ranks whose batches form one group; their statistics are synchronised, with gradients. It then
             stands for the whole group, and ``group_size`` does not cut the local batch.
     """
@@ -66,6 +67,7 @@ class BatchNorm(nn.Module):
         self.momentum = momentum
         self.mode: BnMode = "train"
         self.group_size: int | None = None
+        self.shares: tuple[float, ...] | None = None
         self.process_group: dist.ProcessGroup | None = None
         self.recomputing = False
         self.weight = nn.Parameter(torch.empty(num_features))
@@ -110,8 +112,8 @@ class BatchNorm(nn.Module):
         if x.shape[0] == 0:  # a rank without samples in an incomplete last batch
             return self._frozen(x)
         self._count_batch()
-        if self.group_size is not None and x.shape[0] > self.group_size:
-            return self._grouped(x, self.group_size)
+        if self.shares is not None or (self.group_size is not None and x.shape[0] > self.group_size):
+            return self._grouped(x, self.group_size or x.shape[0])
         if self.mode == "batch":
             return self._batch(x, None, None)
         if self.recomputing:  # the same saved tensors as in the first forward, but nobody's buffers
@@ -129,13 +131,13 @@ class BatchNorm(nn.Module):
         outputs = []
         mean_step = torch.zeros_like(self.running_mean)
         var_step = torch.zeros_like(self.running_var)
-        for group in x.split(group_size):
+        for index, group in enumerate(x.split(group_size)):
             if self.mode == "batch":
                 outputs.append(self._batch(group, None, None))
                 continue
             mean, var = self.running_mean.clone(), self.running_var.clone()
             outputs.append(self._batch(group, mean, var))
-            share = group.shape[0] / x.shape[0]
+            share = group.shape[0] / x.shape[0] if self.shares is None else self.shares[index]
             mean_step = mean_step + share * (mean - self.running_mean)
             var_step = var_step + share * (var - self.running_var)
         if self.updates:
@@ -245,6 +247,19 @@ def set_group_size(module: nn.Module, group_size: int | None) -> None:
         raise ConfigError(f"BN group size must be at least 1, got {group_size}")
     for layer in bn_layers(module):
         layer.group_size = group_size
+
+
+@contextmanager
+def group_shares(module: nn.Module, shares: tuple[float, ...] | None) -> Iterator[None]:
+    """Within it the groups of a batch move the running statistics by these shares; None = by their samples."""
+    layers = [] if shares is None else list(bn_layers(module))
+    for layer in layers:
+        layer.shares = shares
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.shares = None
 
 
 def set_process_group(module: nn.Module, process_group: dist.ProcessGroup | None) -> None:

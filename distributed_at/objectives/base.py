@@ -20,12 +20,18 @@ class Forward(Protocol):
     """The network as the engine lends it to an objective."""
 
     def __call__(
-        self, x: torch.Tensor, branch: BranchName = "adv", bn: Literal["train", "batch"] = "train", grad: bool = True
+        self,
+        x: torch.Tensor,
+        branch: BranchName = "adv",
+        bn: Literal["train", "batch"] = "train",
+        grad: bool = True,
+        shares: tuple[float, ...] | None = None,
     ) -> torch.Tensor:
         """Return logits (N, K) of images (N, C, H, W).
 
         ``bn="train"`` normalises with batch statistics and moves the running ones; ``"batch"`` leaves those alone.
-        ``grad=False`` builds no graph.
+        ``grad=False`` builds no graph. ``shares``: what each BN group of x counts in the running statistics, where that
+        is not its share of x.
         """
         ...
 

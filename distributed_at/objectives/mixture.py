@@ -23,7 +23,9 @@ class Mixture(Objective):
     (section 4.2, figure 4). With "mbn" clean images use the clean branch and adversarial ones the adv branch (section
     4.2, MBN); with "gn" the two forwards are independent anyway. ``weighting="samples"`` is the mean over all samples,
     the other reading of partial ratios, whose weight the paper leaves open. Where no clean image is kept
-    the loss is that of the adversarial images.
+    the loss is that of the adversarial images. An epoch's last group may be smaller than the others and keep another share:
+    then the equation holds for each group, and loss and running statistics are means over groups, weighted by their
+    adversarial images, so that neither depends on how many groups a forward holds.
 
     ``logit_pairing`` adds ALP (Kannan et al. 2018, section 4; Xie & Yuille, table 1), gradient through both:
     "mse_mean" = mean of squared differences over batch and classes (the ALP code), "l2_sum" = sum over classes, mean
@@ -98,11 +100,14 @@ class Mixture(Objective):
         c = self.config
         adv = required_adv(adv, batch)
         rows = self.clean_rows(batch)
-        clean_logits, adv_logits = self._logits(forward, batch, adv, rows)
+        groups = self._groups(batch, rows)
+        clean_logits, adv_logits = self._logits(forward, batch, adv, rows, groups)
         adv_losses = self._cross_entropy(adv_logits, batch.labels)
         clean_losses = self._cross_entropy(clean_logits, batch.labels[rows])
         terms = {"adv_loss": adv_losses.mean().detach()}
-        loss = mixed_mean(clean_losses, adv_losses, c.alpha, weighting=c.weighting)
+        parts = zip(clean_losses.split([k for _, k in groups]), adv_losses.split([n for n, _ in groups]), strict=True)
+        means = [mixed_mean(*part, c.alpha, weighting=c.weighting) * (len(part[1]) / len(batch)) for part in parts]
+        loss = torch.stack(means).sum()
         if len(rows) == 0:
             return Terms(loss, terms, {"adv": adv_logits.detach()}, rows)
         terms["clean_loss"] = clean_losses.mean().detach()
@@ -114,20 +119,35 @@ class Mixture(Objective):
         whole = len(rows) == len(batch)
         return Terms(loss, terms, logits, None if whole else rows, {} if whole else {"clean_loss": len(rows)})
 
+    def _groups(self, batch: Batch, rows: torch.Tensor) -> list[tuple[int, int]]:
+        """Return (adversarial, clean) images of each group where groups differ; where they do not, of all at once."""
+        if self.config.clean_ratio < 1:
+            sizes = torch.unique_consecutive(batch.group_ids, return_counts=True)[1].tolist()
+            if len(set(sizes)) > 1:
+                return [(size, kept_count(size, self.config.clean_ratio)) for size in sizes]
+        return [(len(batch), len(rows))]
+
+    def _shares(self, groups: list[tuple[int, int]]) -> tuple[float, ...] | None:
+        """Return by what share each group with clean images moves the running statistics; None = by its samples."""
+        total = sum(n for n, _ in groups)
+        every = self.context.shared_statistics
+        return tuple(n / total for n, kept in groups if kept or every) if len(groups) > 1 else None
+
     def _logits(
-        self, forward: Forward, batch: Batch, adv: torch.Tensor, rows: torch.Tensor
+        self, forward: Forward, batch: Batch, adv: torch.Tensor, rows: torch.Tensor, groups: list[tuple[int, int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits of the kept clean images (M, K) and of all adversarial ones (N, K)."""
         if len(rows) == 0:
             adv_logits = forward(adv, branch="adv")
             return adv_logits[:0], adv_logits
         clean = batch.images if len(rows) == len(batch) else batch.images[rows]
+        shares = self._shares(groups)
         if not self.context.shared_statistics:
-            return forward(clean, branch="clean"), forward(adv, branch="adv")
+            return forward(clean, branch="clean", shares=shares), forward(adv, branch="adv")
         # one forward; each BN group's clean and adversarial images lie together, so a chunk of BN is one mixed group
-        groups = torch.cat([batch.group_ids[rows], batch.group_ids])
-        order = torch.argsort(groups, stable=True)
-        mixed = forward(torch.cat([clean, adv])[order], branch="adv")
+        places = torch.cat([batch.group_ids[rows], batch.group_ids])
+        order = torch.argsort(places, stable=True)
+        mixed = forward(torch.cat([clean, adv])[order], branch="adv", shares=shares)
         logits = torch.empty_like(mixed).index_copy(0, order, mixed)
         return logits[: len(rows)], logits[len(rows) :]
 

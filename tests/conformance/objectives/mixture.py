@@ -97,16 +97,16 @@ FILE = "objectives/mixture.py"
 MUTATIONS = [
     Mutation(
         "clean and adv branches swapped", FILE,
-        'return forward(clean, branch="clean"), forward(adv, branch="adv")',
-        'return forward(clean, branch="adv"), forward(adv, branch="clean")', "mixture_branches_carry_their_names",
+        'return forward(clean, branch="clean", shares=shares), forward(adv, branch="adv")',
+        'return forward(clean, branch="adv", shares=shares), forward(adv, branch="clean")', "mixture_branches_carry_their_names",
     ),
     Mutation(
         "BN sees clean and adversarial images apart", FILE, '        if not self.context.shared_statistics:\n            return forward',
         "        if True:\n            return forward", "mixture_with_one_bn_is_one_forward",
     ),
     Mutation(
-        "BN groups mixed up in the joint forward", FILE, "order = torch.argsort(groups, stable=True)",
-        "order = torch.arange(len(groups))", "mixture_with_one_bn_is_one_forward",
+        "BN groups mixed up in the joint forward", FILE, "order = torch.argsort(places, stable=True)",
+        "order = torch.arange(len(places))", "mixture_with_one_bn_is_one_forward",
     ),
     Mutation(
         "alpha on the wrong side", FILE, "alpha * clean_losses.mean() + (1.0 - alpha) * adv_losses.mean()",
