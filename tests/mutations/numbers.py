@@ -32,7 +32,7 @@ def _unit(*names: str) -> tuple[str, ...]:
 
 
 FILES: dict[str, tuple[str, ...]] = {
-    "attacks/balls.py": (*_unit("attacks_properties", "attacks"), _PLAIN_PGD),
+    "attacks/balls.py": (*_unit("attack_formulas", "attacks_properties", "attacks"), _PLAIN_PGD),
     "attacks/losses.py": (*_unit("attack_formulas", "attacks", "attacks_properties"), _CONFORMANCE),
     "attacks/pgd.py": (*_unit("attack_formulas", "attacks"), _PLAIN_PGD, _CONFORMANCE),
     "attacks/targets.py": (*_unit("attacks"), _CONFORMANCE),
@@ -50,7 +50,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "evaluation/autoattack.py": (*_unit("evaluation_plain"), *_AUTOATTACK),
     "evaluation/outcome.py": _unit("evaluation_plain", "evaluation_runner"),
     "evaluation/pgd.py": _unit("evaluation_plain", "evaluation_runner"),
-    "evaluation/protocol.py": _unit("evaluation_protocol"),
+    "evaluation/protocol.py": _unit("evaluation_protocol", "evaluation_plain"),
     "evaluation/worst_case.py": _unit("evaluation_verdicts"),
     "models/norm.py": (*_unit("norm"), _CONFORMANCE),
     "models/parameters.py": _unit("optimizers", "models_weights"),
@@ -58,7 +58,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "objectives/mixture.py": (*_unit("objectives"), _CONFORMANCE),
     "objectives/pgd_at.py": (*_unit("objectives"), _CONFORMANCE),
     "objectives/trades.py": (*_unit("objectives"), _CONFORMANCE),
-    "ops/reference.py": (*_unit("ops", "attacks_properties"), _PLAIN_PGD),
+    "ops/reference.py": (*_unit("attack_formulas", "ops", "attacks_properties"), _PLAIN_PGD),
     "rng.py": (*_unit("rng"), _PLAIN_PGD),
     "statistics.py": _unit("statistics"),
 }

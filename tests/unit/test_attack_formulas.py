@@ -10,6 +10,7 @@ import torch
 
 from distributed_at.attacks import PGD, Goal, Threat, attack_loss
 from distributed_at.errors import ConfigError
+from distributed_at.ops import reference
 
 THREAT = Threat("linf", 8 / 255)
 LOGITS = torch.tensor([[3.0, 1.0, 2.0, -1.0], [0.0, 4.0, 1.0, 2.0]], dtype=torch.float64)
@@ -59,3 +60,16 @@ def test_an_attacks_defaults_are_one_untargeted_uniform_start_in_the_box_on_cros
     start = {k: p.default for k, p in inspect.signature(Threat.random_start).parameters.items()}
     assert (start["draw"], start["kind"], start["std"], start["clean_probability"]) == (0, "uniform", 0.001, 0.0)
     assert (start["coin_ids"], start["clip"], start["eps"], start["fused"]) == (None, True, None, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_l2_projection_is_inside_the_ball_to_the_last_bit_and_at_its_border(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand((2000, 1, 3, 3), generator=generator).to(dtype)
+    far = clean + torch.randn(clean.shape, generator=generator).to(dtype)
+    eps = torch.tensor(0.3, dtype=dtype)
+    inside = reference.l2_project(far, clean, eps, float("-inf"), float("inf"))
+    norms = (inside.double() - clean.double()).flatten(1).norm(dim=1)
+    outside = (far.double() - clean.double()).flatten(1).norm(dim=1) > eps
+    assert (norms <= eps).all()
+    assert (norms[outside] > eps * (1 - (1e-5 if dtype == torch.float32 else 1e-11))).all()

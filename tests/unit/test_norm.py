@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from distributed_at.models import (
     set_group_size,
     set_process_group,
 )
+from distributed_at.models.norm import recomputation
 
 C = 6
 
@@ -275,3 +277,28 @@ def test_a_new_layer_is_torchs_own() -> None:
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_training_is_what_train_means_without_an_argument() -> None:
+    layer = BatchNorm(3).eval()
+    assert (layer.mode, layer.training) == ("eval", False)
+    layer.train()
+    assert (layer.mode, layer.training) == ("train", True)
+
+
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_a_recomputed_forward_gives_the_same_and_moves_nothing_and_the_next_one_does(group_size: int | None) -> None:
+    layer = BatchNorm(3)
+    layer.group_size = group_size
+    x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)) + 3
+    first = layer(x)
+    moved = copy.deepcopy(layer.state_dict())
+    for _ in range(2):  # also where the first one fails
+        with suppress(RuntimeError), recomputation(nn.Sequential(layer)):
+            assert torch.equal(layer(x), first)
+            assert not layer.updates
+            raise RuntimeError
+    assert all(torch.equal(value, moved[name]) for name, value in layer.state_dict().items())
+    layer(x)
+    assert layer.num_batches_tracked == 2
+    assert (layer.running_mean > moved["running_mean"]).all()
