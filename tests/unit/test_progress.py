@@ -177,8 +177,8 @@ def test_early_stopping_is_resumed_as_it_was():
 
 def test_a_rank_without_samples_reduces_what_the_others_do():
     seen = []
-    row = Meters(CPU).collect(
+    row, images = Meters(CPU).collect(
         lambda t: seen.append(t.clone()) or t + 2.0, gather=lambda own: [own, ["loss", "kl"], ["kl"]]
     )
-    assert seen[0].tolist() == [0.0, 0.0, 0.0]  # kl, loss, samples
-    assert row == {"kl": 1.0, "loss": 1.0}
+    assert seen[0].tolist() == [0.0] * 5  # sums of kl and loss, their counts, images
+    assert (row, images) == ({"kl": 1.0, "loss": 1.0}, 2)
