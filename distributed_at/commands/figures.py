@@ -120,6 +120,7 @@ def _figure6(record: RunRecord, args: argparse.Namespace) -> Drawn:
             manager,
             find_checkpoint(folder, manager, "last", config),
             num_classes=num_classes_of(config, source),
+            average=False,  # the running statistics are those of the weights that were trained
         )
         layer = choose_layer(norm_layer_names(network.state_dict()), args.layer)
         order = StepOrder(source.num_samples, group, seed=config.seed, drop_last=True, sample_ids=source.sample_ids)
