@@ -45,6 +45,13 @@ def test_images_and_labels_come_back_in_every_published_form(tmp_path, form, kin
     assert extra.labels_per_class() == {0: 2, 1: 1, 3: 3, 9: 1}
 
 
+@pytest.mark.parametrize("form", ["pickle", "npz"])
+def test_labels_of_many_classes_come_back_as_they_are(tmp_path, form):
+    labels = np.array([0, 127, 128, 255, 256, 700, 999])
+    key = "extrapolated_targets" if form == "pickle" else "label"
+    assert read_extra(_write(tmp_path, form, **{key: labels})).labels.tolist() == labels.tolist()
+
+
 @pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
 def test_pickles_of_every_protocol_and_column_order_are_read(tmp_path, protocol):
     column_first = np.asfortranarray(IMAGES)

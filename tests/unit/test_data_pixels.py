@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from distributed_at.data.cifar import read_cifar
 from distributed_at.data.colour import jitters
 from distributed_at.data.imagenet_dali import DaliDecoder
 from distributed_at.data.imagenet_pil import PilDecoder
+from distributed_at.data.index import survey
 from distributed_at.data.machine import dali_installed
 from distributed_at.data.order import StepOrder
 from distributed_at.data.source import ArraySource
@@ -38,8 +40,10 @@ def digits(split: str, *, seed: int = 0, **options: object) -> ArraySource:
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_digits_are_scikit_learns_pixel_by_pixel_with_its_labels(split: str) -> None:
     theirs = load_digits()
-    with digits(split, validation_size=100) as source:
-        images, labels = source.read(source.sample_ids, epoch=0, train=False)
+    augment = AugmentConfig(crop="pad", pad=2, flip=True, colour_jitter=True)  # of training views alone
+    with digits(split, validation_size=100, augment=augment) as source:
+        images, labels = source.read(source.sample_ids, epoch=3, train=False)
+        assert not torch.equal(source.read(source.sample_ids, epoch=3, train=True)[0], images)
     for place, sample in enumerate(source.sample_ids):
         for channel in images[place].tolist():
             assert channel == [[int(255 * v / 16 + 0.5) for v in row] for row in theirs.images[sample]]
@@ -163,6 +167,24 @@ def test_evaluation_sees_no_colour_jitter(photographs: Path, backend: str) -> No
         with folder_split(photographs, "test", backend, colour_jitter=jitter) as source:
             read.append(source.read(source.sample_ids, epoch=0, train=False)[0])
     assert torch.equal(*read)
+
+
+def test_labels_are_places_among_sorted_classes_however_the_disk_lists_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["n10", "n02", "n30", "n21"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        for k in (2, 0, 1):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{k}.png")
+    listed = os.scandir
+    for backwards in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.scandir", lambda path, r=backwards: sorted(listed(path), key=lambda e: e.name, reverse=r))
+            index = survey(tmp_path, num_threads=1)
+        assert index.class_names == ("n02", "n10", "n21", "n30")
+        assert index.paths == tuple(f"{name}/{k}.png" for name in sorted(names) for k in range(3))
+        assert index.labels.tolist() == [label for label in range(4) for _ in range(3)]
 
 
 def test_held_out_images_of_a_folder_are_training_files(photographs: Path) -> None:
