@@ -1,9 +1,13 @@
-"""Checks in float64 of adversarial images that a network was asked about, by arithmetic of their own."""
+"""Comparisons of rows, and checks in float64 of the images that a network was asked about."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+
+from tests.strangers.pgd import Row
 
 
 def sizes(adv: np.ndarray, x: np.ndarray, norm: str) -> np.ndarray:
@@ -30,3 +34,15 @@ def judged_images(seen: list[torch.Tensor], x: np.ndarray, norm: str) -> list[li
         if distances.min() > 0 and not (mine and np.abs(mine[-1] - image).max() < 1e-6):
             mine.append(image)
     return found
+
+
+def assert_same_rows(result: Any, expected: list[Row], source: Any) -> None:
+    """Compare an evaluation's result with rows written by hand, column by column."""
+    rows = result.rows
+    np.testing.assert_array_equal(rows.sample_id, source.sample_ids)
+    np.testing.assert_array_equal(rows.label, source.all_labels.numpy())
+    for name in ("clean_prediction", "adv_prediction", "correct_clean", "correct_adv", "target_hit", "attack"):
+        np.testing.assert_array_equal(getattr(rows, name), [getattr(e, name) for e in expected], err_msg=name)
+    np.testing.assert_allclose(rows.loss, [e.loss for e in expected], rtol=1e-4, atol=1e-6)
+    assert (result.correct, result.total) == (sum(e.correct_adv for e in expected), len(expected))
+    assert result.clean_correct == sum(e.correct_clean for e in expected)

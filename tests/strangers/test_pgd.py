@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from distributed_at.config import AttackConfig, EvalAttackConfig
-from distributed_at.evaluation import EvaluationResult
 from tests.strangers import pgd
 from tests.strangers.asking import arrays, ask, ask_curve, ask_entry, ask_pgd, subject
-from tests.strangers.checking import assert_inside, judged_images
+from tests.strangers.checking import assert_inside, assert_same_rows, judged_images
 
 NETWORKS = ("trained", "untrained")
 LINF: dict[str, Any] = {"eps": 44.0, "num_steps": 5, "step_size": 14.0}
@@ -59,17 +58,6 @@ GENTLE = (
 SEED = 21
 SCALE = {"trained": 1.0, "untrained": 0.2}  # of radii and steps: untrained answers change sooner
 CLOSE = {"linf": 5e-7, "l2": 2e-5}  # of pixels in [0, 1]: sums of squares are rounded in another order
-
-
-def assert_same_rows(result: EvaluationResult, expected: list[pgd.Row], source) -> None:
-    rows = result.rows
-    np.testing.assert_array_equal(rows.sample_id, source.sample_ids)
-    np.testing.assert_array_equal(rows.label, source.all_labels.numpy())
-    for name in ("clean_prediction", "adv_prediction", "correct_clean", "correct_adv", "target_hit", "attack"):
-        np.testing.assert_array_equal(getattr(rows, name), [getattr(e, name) for e in expected], err_msg=name)
-    np.testing.assert_allclose(rows.loss, [e.loss for e in expected], rtol=1e-4, atol=1e-6)
-    assert (result.correct, result.total) == (sum(e.correct_adv for e in expected), len(expected))
-    assert result.clean_correct == sum(e.correct_clean for e in expected)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
