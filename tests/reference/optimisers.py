@@ -1,0 +1,62 @@
+"""The optimisers' rules, one parameter at a time, as their papers and torch's documentation state them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BETAS = (0.9, 0.999)  # Kingma & Ba 2015
+
+
+class Optimiser:
+    """Keeps each parameter's state by name and moves the parameters."""
+
+    def __init__(self, section: dict, trained: dict[str, Tensor]) -> None:
+        self.section = section
+        self.state: dict[str, dict[str, Tensor]] = {}
+        for name, weight in trained.items():
+            self.state[name] = {key: torch.zeros_like(weight) for key in self._tensors()}
+            if section["name"] != "sgd":
+                self.state[name]["step"] = torch.zeros(())
+
+    def _tensors(self) -> list[str]:
+        momentum = ["momentum_buffer"] if self.section["momentum"] else []
+        return {"sgd": momentum, "rmsprop": ["square_avg", *momentum]}.get(
+            self.section["name"], ["exp_avg", "exp_avg_sq"]
+        )
+
+    def decay(self, name: str, weight: Tensor) -> float:
+        """Weight decay of a parameter: kernels have more than one dimension; biases and norms are vectors."""
+        rule, kernel = self.section["weight_decay_rule"], weight.dim() > 1
+        if rule not in ("all", "no_norm_bias", "kernels"):
+            raise NotImplementedError(f"the reference knows no rule {rule!r} of weight decay")
+        return self.section["weight_decay"] if rule == "all" or kernel else 0.0
+
+    def move(self, name: str, weight: Tensor, gradient: Tensor, lr: float) -> Tensor:
+        """Return the parameter after a step."""
+        section, state, wd = self.section, self.state[name], self.decay(name, weight)
+        kind, mu = section["name"], section["momentum"]
+        if kind == "adamw":  # Loshchilov & Hutter 2019: decay beside the gradient, not in it
+            weight = weight * (1 - lr * wd)
+        else:
+            gradient = gradient + wd * weight
+        if kind == "sgd":
+            if not mu:
+                return weight - lr * gradient
+            state["momentum_buffer"] = v = mu * state["momentum_buffer"] + gradient
+            return weight - lr * (gradient + mu * v if section["nesterov"] else v)
+        state["step"] = state["step"] + 1
+        if kind == "rmsprop":
+            a = section["rmsprop_decay"]
+            state["square_avg"] = square = a * state["square_avg"] + (1 - a) * gradient**2
+            update = gradient / (square.sqrt() + section["eps"])
+            if mu:
+                state["momentum_buffer"] = update = mu * state["momentum_buffer"] + update
+            return weight - lr * update
+        if kind in ("adam", "adamw"):
+            t = float(state["step"])
+            state["exp_avg"] = first = BETAS[0] * state["exp_avg"] + (1 - BETAS[0]) * gradient
+            state["exp_avg_sq"] = second = BETAS[1] * state["exp_avg_sq"] + (1 - BETAS[1]) * gradient**2
+            first, second = first / (1 - BETAS[0] ** t), second / (1 - BETAS[1] ** t)
+            return weight - lr * first / (second.sqrt() + section["eps"])
+        raise NotImplementedError(f"the reference knows no optimiser {kind!r}: write its rule here")
