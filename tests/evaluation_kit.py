@@ -12,7 +12,7 @@ from torch import nn
 
 
 class TinyNet(nn.Module):
-    """Two convolutions with BN and dropout, called as every model is: ``model(x, branch)``."""
+    """Two convolutions with BN and dropout, called as every model is: ``model(x)``."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class TinyNet(nn.Module):
         self.drop = nn.Dropout(0.2)
         self.head = nn.Linear(16 * 16, num_classes)
 
-    def forward(self, x: torch.Tensor, branch: str = "adv") -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = F.relu(self.norm(self.first(x)))
         return self.head(self.drop(F.relu(self.second(h)).flatten(1)))
 

@@ -13,6 +13,7 @@ import torch
 from distributed_at.attacks.balls import Bounds
 from distributed_at.attacks.losses import AttackLoss, Goal
 from distributed_at.attacks.threat import Threat
+from distributed_at.logits import checked_logits
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 # (adv, step_size, bounds, goal) -> (next adv, logits at adv)
@@ -28,7 +29,7 @@ def input_gradient(
     """
     with torch.enable_grad():
         image = adv.detach().requires_grad_()
-        logits = model(image)
+        logits = checked_logits(model(image), image)
         total = loss(at_least_float32(logits), goal).sum() * loss_scale
         (grad,) = torch.autograd.grad(total, image)
     return grad, logits.detach()

@@ -13,21 +13,21 @@ from torch import fx, nn
 
 from distributed_at import ops
 from distributed_at.models.base import PixelNormalisation
-from distributed_at.models.norm import BatchNorm, GroupNorm, MixtureBatchNorm
+from distributed_at.models.branches import BranchedNorm
+from distributed_at.models.norm import BatchNorm, GroupNorm
 
-_NORMS = (BatchNorm, MixtureBatchNorm, GroupNorm)
+_NORMS = (BatchNorm, BranchedNorm, GroupNorm)
 
 
-class _OneBranch(nn.Module):
+class _Images(nn.Module):
     """A network as a function of the images alone."""
 
-    def __init__(self, network: nn.Module, branch: str) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.branch = branch
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x, branch=self.branch)
+        return self.network(x)
 
 
 class _Tracer(fx.Tracer):
@@ -89,7 +89,7 @@ class Sources:
 def rewrite(
     network: nn.Module, *, branch: str, fold: bool, dtype: torch.dtype | None, channels_last: bool, group_norm: bool
 ) -> tuple[fx.GraphModule, Sources]:
-    """Return ``network(., branch)`` as a graph that maps images to logits, and the sources of its weights.
+    """Return ``network`` on ``branch`` as a graph that maps images to logits, and the sources of its weights.
 
     Args:
         network: in eval mode, its norm layers in the mode of the attack; its tensors are used, not changed.
@@ -104,12 +104,12 @@ def rewrite(
     Raises:
         Exception: the network's control flow depends on its input, so that it cannot be traced.
     """
-    root = _OneBranch(network, branch)
+    root = _Images(network)
     graph = _Tracer().trace(root)
     module = fx.GraphModule(root, graph)
     for node in graph.nodes:
-        if node.op == "call_module" and isinstance(norm := module.get_submodule(node.target), MixtureBatchNorm):
-            module.set_submodule(node.target, getattr(norm, branch))
+        if node.op == "call_module" and isinstance(norm := module.get_submodule(node.target), BranchedNorm):
+            module.set_submodule(node.target, norm.serving(branch))
     sources = Sources()
     if fold:
         for conv, behind in _foldable(module):

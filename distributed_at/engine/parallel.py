@@ -23,6 +23,7 @@ from distributed_at.config import ParallelConfig, TrainConfig
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.launch import detect_rank, export_rendezvous
 from distributed_at.errors import ConfigError
+from distributed_at.models.branches import on_branch
 from distributed_at.models.norm import group_shares, set_bn_mode
 
 T = TypeVar("T")
@@ -222,12 +223,17 @@ class TrainingEngine:
         shares: tuple[float, ...] | None = None,
     ) -> torch.Tensor:
         """Return logits (N, K) in float32; the arguments are those of ``objectives.Forward``."""
-        with self._bn(bn), group_shares(self.module, shares), self._autocast():
+        with (
+            on_branch(self.module, branch),
+            self._bn(bn),
+            group_shares(self.module, shares),
+            self._autocast(),
+        ):
             if grad:
-                logits = self.engine(x, branch=branch)
+                logits = self.engine(x)
             else:
                 with torch.no_grad():  # past the engine: nothing may wait for a backward that never comes
-                    logits = self.module(x, branch=branch)
+                    logits = self.module(x)
         return logits.float()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from distributed_at.config import BnMode
 from distributed_at.engine.folding import Sources, rewrite
+from distributed_at.models.branches import set_branch
 from distributed_at.models.norm import set_bn_mode
 
 _LOG = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Twin:
         network = aliased_copy(module)
         network.eval()
         set_bn_mode(network, bn_mode)
+        set_branch(network, branch)
         self.branch = branch
         self.bn_mode = bn_mode
         self.dtype = dtype
@@ -99,7 +101,7 @@ class Twin:
                 type(module).__name__,
                 str(error).splitlines()[0] if str(error) else type(error).__name__,
             )
-            self.module, self._sources = _Untraced(network, branch, DTYPES[dtype]), Sources()
+            self.module, self._sources = _Untraced(network, DTYPES[dtype]), Sources()
 
     @property
     def folded(self) -> int:
@@ -117,12 +119,12 @@ class Twin:
 class _Untraced(nn.Module):
     """A network as it is, under autocast for 16 bits."""
 
-    def __init__(self, network: nn.Module, branch: str, dtype: torch.dtype | None) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.network, self.branch, self.dtype = network, branch, dtype
+        self.network, self.dtype = network, dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.dtype is None:
-            return self.network(x, branch=self.branch)
+            return self.network(x)
         with torch.autocast(x.device.type, dtype=self.dtype):
-            return self.network(x, branch=self.branch).float()
+            return self.network(x).float()

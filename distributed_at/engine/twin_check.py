@@ -22,6 +22,7 @@ from distributed_at.batch import Batch
 from distributed_at.config import AttackConfig
 from distributed_at.engine.twin import DTYPES, Twin
 from distributed_at.errors import ConfigError
+from distributed_at.models.branches import set_branch
 from distributed_at.models.norm import BatchNorm, MixtureBatchNorm, set_bn_mode, set_group_size
 
 VARIABLE = "DISTRIBUTED_AT_CHECK_TWIN"
@@ -90,6 +91,7 @@ class TwinCheck:
     ) -> None:
         self._spare, self._live, self._twin = spare.requires_grad_(False).eval(), live, twin
         set_bn_mode(spare, attack.bn_mode)
+        set_branch(spare, attack.branch)
         if group_size is not None:
             set_group_size(spare, group_size)
         self._branch, self._bn_mode = attack.branch, attack.bn_mode
@@ -117,7 +119,7 @@ class TwinCheck:
         self._untouched(step)
         images = batch.images.detach()
         if self._behind is None:
-            self._behind = _norms_behind(self._spare, self._branch, images)
+            self._behind = _norms_behind(self._spare, images)
         self._spare.load_state_dict(self._live.state_dict())
         self._tensors(step)
         logits, gradient = _outputs(self._reference, images, batch.labels)
@@ -143,7 +145,7 @@ class TwinCheck:
         return watched
 
     def _reference(self, x: torch.Tensor) -> torch.Tensor:
-        return self._spare(x, branch=self._branch)
+        return self._spare(x)
 
     def _untouched(self, step: int) -> None:
         if self._left_by != step - 1:  # resumed, gone back, or the step before moved nothing
@@ -273,7 +275,7 @@ def _recorded(network: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
             handle.remove()
 
 
-def _norms_behind(network: nn.Module, branch: str, images: torch.Tensor) -> dict[str, str]:
+def _norms_behind(network: nn.Module, images: torch.Tensor) -> dict[str, str]:
     """Return convolution -> the batch norm that reads its output, by name, as one forward shows it."""
     made: dict[int, str] = {}
     behind: dict[str, str] = {}
@@ -301,7 +303,7 @@ def _norms_behind(network: nn.Module, branch: str, images: torch.Tensor) -> dict
             handles.append(layer.register_forward_pre_hook(read_by(name)))
     try:
         with torch.no_grad():
-            network(images, branch=branch)
+            network(images)
     finally:
         for handle in handles:
             handle.remove()

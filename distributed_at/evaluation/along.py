@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from distributed_at.config import EvalAttackConfig
 from distributed_at.errors import ConfigError
+from distributed_at.evaluation.quiet import Model
 from distributed_at.evaluation.result import EvaluationResult
 from distributed_at.evaluation.runner import evaluate
 from distributed_at.evaluation.siblings import Siblings
@@ -40,7 +39,7 @@ def singles(what: EvalAttackConfig) -> list[EvalAttackConfig]:
 
 
 def evaluate_entry(
-    model: nn.Module, source: Source, what: EvalAttackConfig, *, folder: Path | None = None, **arguments: Any
+    model: Model, source: Source, what: EvalAttackConfig, *, folder: Path | None = None, **arguments: Any
 ) -> list[EvaluationResult]:
     """Measure an entry of a recipe: one result, or one a number of steps where it names ``checkpoints``, rising.
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from distributed_at.attacks import PGD
 from distributed_at.errors import ConfigError
 from distributed_at.evaluation.pgd import build_attack
 from distributed_at.evaluation.protocol import Protocol
-from distributed_at.evaluation.quiet import borrowed
+from distributed_at.evaluation.quiet import Model, device_of, lent
 from distributed_at.evaluation.sharding import Shard
 from distributed_at.evaluation.source import Source
 from distributed_at.evaluation.work import make_forward
@@ -47,7 +46,7 @@ class CurvePoint:
 
 
 def pgd_curve(
-    model: nn.Module,
+    model: Model,
     source: Source,
     protocol: Protocol,
     steps: Sequence[int],
@@ -72,7 +71,7 @@ def pgd_curve(
     checkpoints = tuple(sorted(set(steps)))
     if not checkpoints or checkpoints[0] < 0 or checkpoints[-1] > protocol.num_steps:
         raise ConfigError(f"steps must lie in [0, {protocol.num_steps}], got {list(steps)}")
-    on = torch.device(device) if device is not None else next(model.parameters()).device
+    on = torch.device(device) if device is not None else device_of(model)
     shard = Shard.here(None, None, on)
     ids = np.unique(np.asarray(ids, dtype=np.int64))
     forward = make_forward(model, protocol, on)
@@ -84,7 +83,7 @@ def pgd_curve(
             standing += _standing(forward, attack, source, protocol, checkpoints, ids[start : start + batch_size], on)
         return standing
 
-    with borrowed(model):
+    with lent(model, protocol.branch):
         standing = shard.together(count)
     standing = shard.reduce(standing, dist.ReduceOp.SUM)
     return [CurvePoint(num_steps=k, correct=int(c), total=len(ids)) for k, c in zip(checkpoints, standing, strict=True)]

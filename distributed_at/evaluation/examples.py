@@ -13,6 +13,7 @@ from distributed_at.attacks import PGD
 from distributed_at.config import AttackConfig
 from distributed_at.data.source import ImageSource
 from distributed_at.evaluation.quiet import borrowed
+from distributed_at.models.branches import on_branch
 from distributed_at.rng import EVALUATION_EPOCH
 
 NUM_EXAMPLES = 12
@@ -35,9 +36,9 @@ def save_examples(
     ids = source.sample_ids[np.linspace(0, source.num_samples - 1, min(num_examples, source.num_samples)).astype(int)]
     images, labels = source.read(ids, epoch=0, train=False, seed=seed)
     x, y = images.to(device).float().div_(255.0), labels.to(device)
-    with borrowed(network):
+    with borrowed(network), on_branch(network, attack.branch):
         adv = PGD.from_config(attack, num_classes=source.num_classes).perturb(
-            lambda z: network(z, branch=attack.branch),
+            network,
             x,
             y,
             sample_ids=torch.from_numpy(ids).to(device),
@@ -45,8 +46,8 @@ def save_examples(
             seed=seed,
         )
         with torch.no_grad():
-            clean_predictions = network(x, branch=attack.branch).argmax(1)
-            adv_predictions = network(adv, branch=attack.branch).argmax(1)
+            clean_predictions = network(x).argmax(1)
+            adv_predictions = network(adv).argmax(1)
     aside = path.with_name(f".{path.name}.{os.getpid()}.npz")
     np.savez_compressed(
         aside,

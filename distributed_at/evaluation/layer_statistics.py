@@ -44,20 +44,21 @@ def batch_statistics(
     Earlier layers normalise with the batch too, as in training.
 
     Args:
-        network: ``network(x, branch)``.
+        network: images -> logits.
         images: (N, 3, H, W) float in [0, 1], one BN group.
         layer: name of a batch norm.
         branch: which half of a mixture.
     """
+    from distributed_at.models.branches import on_branch
     from distributed_at.models.norm import set_bn_mode
 
     seen: list[torch.Tensor] = []
     module = network.get_submodule(layer)
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     try:
-        with borrowed(network), torch.no_grad():
+        with borrowed(network), on_branch(network, branch), torch.no_grad():
             set_bn_mode(network, "batch")
-            network(images, branch=branch)
+            network(images)
     finally:
         handle.remove()
     x = seen[0].double()

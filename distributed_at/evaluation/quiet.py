@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
 
+from distributed_at.models.branches import on_branch
+
+Model = nn.Module | Callable[[torch.Tensor], torch.Tensor]
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -53,6 +56,24 @@ def borrowed(model: nn.Module) -> Iterator[nn.Module]:
         raise RuntimeError(
             f"the evaluation changed {', '.join(changed[:5])}; weights and buffers must stay as they are"
         )
+
+
+@contextmanager
+def lent(model: Model, branch: str) -> Iterator[None]:
+    """Borrow ``model`` and run it on ``branch``; a plain function is used as it is."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    with borrowed(model), on_branch(model, branch):
+        yield
+
+
+def device_of(model: Model) -> torch.device:
+    """Return where a model's first parameter or buffer is; the CPU for one that has none."""
+    if isinstance(model, nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            return tensor.device
+    return torch.device("cpu")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from distributed_at.errors import ConfigError
 from distributed_at.evaluation.ledger import Ledger
 from distributed_at.evaluation.protocol import AUTOATTACK_CHUNK, Protocol, build_protocol, ids_hash
 from distributed_at.evaluation.pulse import Pulse
-from distributed_at.evaluation.quiet import borrowed
+from distributed_at.evaluation.quiet import Model, device_of, lent
 from distributed_at.evaluation.result import EvaluationResult
 from distributed_at.evaluation.rows import Rows, concatenate, empty_rows
 from distributed_at.evaluation.sharding import Shard, union
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 
 def evaluate(
-    model: nn.Module,
+    model: Model,
     source: Source,
     what: EvalAttackConfig | Protocol,
     *,
@@ -54,6 +54,7 @@ def evaluate(
     alive: Callable[[], None] = lambda: None,
     siblings: Siblings | None = None,
     given: Rows | None = None,
+    weights: str | None = None,
 ) -> EvaluationResult:
     """Measure clean or robust accuracy of ``model`` on ``source``.
 
@@ -63,7 +64,8 @@ def evaluate(
     are never computed again.
 
     Args:
-        model: ``model(x, branch) -> logits`` for x (N, 3, H, W) in [0, 1]; borrowed, and returned bitwise unchanged.
+        model: any ``nn.Module`` or function that maps x (N, 3, H, W) in [0, 1] to logits (N, K); a module is borrowed, and
+            returned bitwise unchanged.
         source: where images come from.
         what: an evaluation of a recipe, or a finished protocol (checked against the model and the ids).
         training_attack: threat of an evaluation that names none of its own.
@@ -83,20 +85,21 @@ def evaluate(
         alive: called before each forward pass, and while this rank waits for others that get on: a watchdog's ``beat``.
         siblings: takes the rows of the same attack at fewer steps (``along.py``).
         given: rows of this protocol that this rank already made; they are not computed again.
+        weights: what stands for a plain function's weights in the protocol; with ``folder`` such a function needs it.
 
     Raises:
         ConfigError: where the protocol does not describe this model and these samples.
         LedgerConflictError: where the folder holds rows that contradict one another.
     """
     started = time.monotonic()
-    on = torch.device(device) if device is not None else next(model.parameters()).device
+    on = torch.device(device) if device is not None else device_of(model)
     shard = Shard.here(rank, world_size, on)
     if ids is None:
         ids = evaluation_ids(source, what.num_samples if isinstance(what, EvalAttackConfig) else None)
     ids = np.unique(np.asarray(ids, dtype=np.int64))
     if not len(ids):
         raise ConfigError("ids: an evaluation needs at least one sample, got none")
-    weights = weights_hash(model)
+    weights = _identity(model, weights, folder)
     shard.require_equal("the weights to evaluate", weights)
     if isinstance(what, Protocol):
         protocol = what
@@ -135,7 +138,7 @@ def evaluate(
         finally:
             pulse.wait()
 
-    with borrowed(model):
+    with lent(model, protocol.branch):
         fresh = shard.together(share)
     everything = union(shard, fresh, ids, protocol.attacks)
     computed = len(everything)
@@ -153,6 +156,18 @@ def evaluate(
     if ledger is not None and result.complete and (shard.rank == 0 or not shard.connected):
         write_atomically(ledger.folder / "summary.json", json.dumps(result.summary(), indent=1, sort_keys=True) + "\n")
     return result
+
+
+def _identity(model: Model, weights: str | None, folder: Path | None) -> str:
+    """Return what the protocol calls the weights: their hash, or for a plain function the name that it was given."""
+    if isinstance(model, nn.Module):
+        return weights_hash(model)
+    if weights is None and folder is not None:
+        raise ConfigError(
+            "weights: a plain function's weights cannot be hashed, and folder keeps its rows for later: "
+            "give weights='a name of these weights', or evaluate an nn.Module"
+        )
+    return weights or "function"
 
 
 def _check_protocol(protocol: Protocol, weights: str, ids: np.ndarray) -> None:

@@ -7,23 +7,24 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from distributed_at.errors import ConfigError
 from distributed_at.evaluation.autoattack import run_autoattack
 from distributed_at.evaluation.outcome import Outcome
 from distributed_at.evaluation.pgd import run_pgd
 from distributed_at.evaluation.protocol import Protocol
+from distributed_at.evaluation.quiet import Model
 from distributed_at.evaluation.rows import CLEAN, SURVIVED, Rows
 from distributed_at.evaluation.source import Source
+from distributed_at.logits import checked_logits
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_forward(
-    model: nn.Module, protocol: Protocol, device: torch.device, beat: Callable[[], None] = lambda: None
+    model: Model, protocol: Protocol, device: torch.device, beat: Callable[[], None] = lambda: None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return x (N, C, H, W) in [0, 1] -> logits (N, K) float32, on the protocol's branch and in its dtype.
+    """Return x (N, C, H, W) in [0, 1] -> logits (N, K) float32, in the protocol's dtype.
 
     ``beat`` is called before each pass.
     """
@@ -32,9 +33,9 @@ def make_forward(
     def forward(x: torch.Tensor) -> torch.Tensor:
         beat()
         if low is None:
-            return model(x, branch=protocol.branch).float()
+            return checked_logits(model(x), x, protocol.num_classes).float()
         with torch.autocast(device.type, dtype=low):
-            return model(x, branch=protocol.branch).float()
+            return checked_logits(model(x), x, protocol.num_classes).float()
 
     return forward
 
@@ -44,7 +45,7 @@ class Work:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         source: Source,
         protocol: Protocol,
         device: torch.device,

@@ -1,8 +1,9 @@
-"""Networks for adversarial training: ResNets, pre-activation and wide ResNets, with branch-aware normalisation.
+"""Networks for adversarial training: ResNets, pre-activation and wide ResNets, whose mixture norms hold the branch.
 
-Usable alone: ``build_model(ModelConfig(arch="resnet50"), num_classes=1000)(x, branch="adv")``.
+Usable alone: ``build_model(ModelConfig(arch="resnet50"), num_classes=1000)(x)``.
 """
 
+from distributed_at.models.branches import BRANCHES, on_branch, set_branch
 from distributed_at.models.norm import (
     BatchNorm,
     GroupNorm,
@@ -18,6 +19,7 @@ from distributed_at.models.registry import LAYOUTS, build_model
 from distributed_at.models.statistics import ModelStatistics, measure
 
 __all__ = [
+    "BRANCHES",
     "LAYOUTS",
     "BatchNorm",
     "GroupNorm",
@@ -28,7 +30,9 @@ __all__ = [
     "load_torchvision_state_dict",
     "measure",
     "norm_layers",
+    "on_branch",
     "set_bn_mode",
+    "set_branch",
     "set_group_size",
     "set_process_group",
     "weight_decay_groups",

@@ -1,4 +1,4 @@
-"""What all networks share: pixel normalisation inside the model, the branch, stages of blocks, activation checkpointing."""
+"""What our networks share: pixel normalisation inside the model, stages of blocks, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distributed_at.config import ModelConfig
 from distributed_at.errors import ConfigError
-from distributed_at.models.norm import NormFactory, check_branch, recomputation
+from distributed_at.models.norm import NormFactory
+from distributed_at.models.recomputation import recomputation
 
 IMAGE_CHANNELS = 3
 
@@ -53,7 +54,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Base of the classifiers: ``network(x, branch="adv") -> logits``.
+    """Base of the classifiers: ``network(x) -> logits``.
 
     Attributes:
         num_classes: width of the logits.
@@ -69,33 +70,26 @@ class Network(nn.Module):
         self.activation_checkpointing = config.activation_checkpointing
         self.pixels = PixelNormalisation(config.pixel_mean, config.pixel_std)
 
-    def forward(self, x: torch.Tensor, branch: str = "adv") -> torch.Tensor:
-        """Return logits (N, num_classes) of images x (N, 3, H, W), float in [0, 1].
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, num_classes) of images x (N, 3, H, W), float in [0, 1]; pixels are normalised inside."""
+        return self.classify(self.pixels(x))
 
-        Args:
-            x: images; pixel normalisation happens inside.
-            branch: 'adv' or 'clean'; they differ in the statistics and affine parameters of mixture batch norm alone.
-        """
-        check_branch(branch)
-        return self.classify(self.pixels(x), branch)
-
-    def classify(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (N, num_classes) of normalised pixels (N, 3, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it classifies")
 
-    def run_stage(self, stage: nn.Sequential, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def run_stage(self, stage: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         """Return x after all blocks of a stage; a training pass may recompute them in its backward pass."""
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in stage:
             if not recompute:
-                x = block(x, branch)
+                x = block(x)
                 continue
 
-            def contexts(block: nn.Module = block) -> tuple[AbstractContextManager, AbstractContextManager]:
-                # the second run of a train-mode forward must not move running statistics again
+            def contexts(block: nn.Module = block) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
                 return nullcontext(), recomputation(block)
 
-            x = checkpoint(block, x, branch, use_reentrant=False, context_fn=contexts)
+            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
         return x
 
 
@@ -121,21 +115,16 @@ class StagedNetwork(Network):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         return channels
 
-    def run_stages(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def run_stages(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (N, C, H, W) after all stages."""
         for stage in range(self.num_stages):
-            x = self.run_stage(getattr(self, f"layer{stage + 1}"), x, branch)
+            x = self.run_stage(getattr(self, f"layer{stage + 1}"), x)
         return x
 
 
-class Projection(nn.Sequential):
-    """A strided 1x1 convolution and its norm on a shortcut; children are named '0' and '1'."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> None:
-        super().__init__(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), norm(out_channels))
-
-    def forward(self, x: torch.Tensor, branch: str) -> torch.Tensor:  # type: ignore[override]
-        return self[1](self[0](x), branch)
+def projection(in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> nn.Sequential:
+    """Return a strided 1x1 convolution and its norm for a shortcut."""
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), norm(out_channels))
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

@@ -1,4 +1,4 @@
-"""Normalisation layers that know their branch: batch norm, mixture batch norm and group norm, called ``norm(x, branch)``.
+"""Normalisation layers: batch norm with modes and groups, mixture batch norm, group norm.
 
 Also the switches over a whole network: BN mode, group size, process group. Merging buffers over ranks is not done here.
 """
@@ -17,20 +17,13 @@ from torch import nn
 
 from distributed_at.config import ModelConfig
 from distributed_at.errors import ConfigError, did_you_mean
+from distributed_at.models.branches import BRANCHES, Branch, BranchedNorm, check_branch
 from distributed_at.models.norm_sync import assign_buffer, synchronised_batch_norm
 
-Branch = Literal["clean", "adv"]
 BnMode = Literal["eval", "batch", "train"]
 NormFactory = Callable[[int], nn.Module]
 
-BRANCHES: tuple[str, ...] = get_args(Branch)
 BN_MODES: tuple[str, ...] = get_args(BnMode)
-
-
-def check_branch(branch: str) -> None:
-    """Refuse anything but 'clean' and 'adv', so that a misspelt branch never runs on the wrong statistics."""
-    if branch not in BRANCHES:
-        raise ConfigError(f"branch must be one of {list(BRANCHES)}, got {branch!r}.{did_you_mean(branch, BRANCHES)}")
 
 
 class BatchNorm(nn.Module):
@@ -102,8 +95,8 @@ class BatchNorm(nn.Module):
         self.mode = "train" if mode else "eval"
         return self
 
-    def forward(self, x: torch.Tensor, branch: str = "adv") -> torch.Tensor:
-        """Return x (N, C, H, W) normalised; both branches use the same statistics."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (N, C, H, W) normalised."""
         if self.mode == "eval":
             return self._frozen(x)
         if self.process_group is not None and self.group_world > 1:
@@ -161,7 +154,7 @@ class BatchNorm(nn.Module):
         return duplicate
 
 
-class MixtureBatchNorm(nn.Module):
+class MixtureBatchNorm(BranchedNorm):
     """Two full batch norms, statistics and affine parameters, chosen by the branch (Xie & Yuille 2020, section 4.2).
 
     Inputs of one branch never touch the statistics or parameters of the other.
@@ -172,13 +165,13 @@ class MixtureBatchNorm(nn.Module):
         self.clean = BatchNorm(num_features, eps=eps, momentum=momentum)
         self.adv = BatchNorm(num_features, eps=eps, momentum=momentum)
 
-    def forward(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def serving(self, branch: str) -> BatchNorm:
+        check_branch(branch)
+        return self.clean if branch == "clean" else self.adv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (N, C, H, W) normalised by the branch's own layer."""
-        if branch == "adv":
-            return self.adv(x)
-        if branch == "clean":
-            return self.clean(x)
-        raise ConfigError(f"branch must be one of {list(BRANCHES)}, got {branch!r}.{did_you_mean(branch, BRANCHES)}")
+        return self.serving(self.branch)(x)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -192,10 +185,6 @@ class GroupNorm(nn.GroupNorm):
                 f"allowed for it: {', '.join(map(str, allowed))}"
             )
         super().__init__(groups, num_channels, eps=eps)
-
-    def forward(self, x: torch.Tensor, branch: str = "adv") -> torch.Tensor:  # type: ignore[override]
-        """Return x (N, C, H, W) normalised over each sample's groups of channels."""
-        return super().forward(x)
 
 
 def norm_factory(config: ModelConfig) -> NormFactory:
@@ -276,16 +265,3 @@ def bn_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(layer, BatchNorm)
         for key, buffer in layer.named_buffers(recurse=False)
     }
-
-
-@contextmanager
-def recomputation(module: nn.Module) -> Iterator[None]:
-    """Within it a train-mode forward leaves running statistics alone: activation checkpointing repeats a forward."""
-    layers = list(bn_layers(module))
-    for layer in layers:
-        layer.recomputing = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.recomputing = False

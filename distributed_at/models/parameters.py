@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from distributed_at.errors import ConfigError, did_you_mean
-from distributed_at.models.norm import BRANCHES, MixtureBatchNorm, norm_layers
+from distributed_at.models.branches import BRANCHES
+from distributed_at.models.norm import MixtureBatchNorm, norm_layers
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 DECAY_RULES = ("all", "no_norm_bias", "kernels")

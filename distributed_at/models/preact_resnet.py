@@ -31,12 +31,12 @@ class PreActBlock(Block):
             nn.Sequential(conv1x1(in_channels, width, stride)) if stride != 1 or in_channels != width else None
         )
 
-    def forward(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, width, H / stride, W / stride)."""
-        out = self.activation(self.bn1(x, branch))
+        out = self.activation(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out if self.activated_shortcut else x)
         out = self.conv1(out)
-        out = self.conv2(self.activation(self.bn2(out, branch)))
+        out = self.conv2(self.activation(self.bn2(out)))
         return out + shortcut
 
 
@@ -63,13 +63,13 @@ class PreActBottleneck(Block):
             else None
         )
 
-    def forward(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, 4 * width, H / stride, W / stride)."""
-        out = self.activation(self.bn1(x, branch))
+        out = self.activation(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out if self.activated_shortcut else x)
         out = self.conv1(out)
-        out = self.conv2(self.activation(self.bn2(out, branch)))
-        out = self.conv3(self.activation(self.bn3(out, branch)))
+        out = self.conv2(self.activation(self.bn2(out)))
+        out = self.conv3(self.activation(self.bn3(out)))
         return out + shortcut
 
 
@@ -97,7 +97,7 @@ class PreActResNet(StagedNetwork):
         self.activation = build_activation(config)
         self.linear = nn.Linear(channels, num_classes)
 
-    def classify(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (N, num_classes) of normalised pixels (N, 3, H, W)."""
-        x = self.run_stages(self.maxpool(self.conv1(x)), branch)
-        return self.linear(pooled(self.activation(self.bn(x, branch))))
+        x = self.run_stages(self.maxpool(self.conv1(x)))
+        return self.linear(pooled(self.activation(self.bn(x))))

@@ -80,7 +80,7 @@ def resolve_layout(config: ModelConfig) -> Layout:
 def build_model(config: ModelConfig, *, num_classes: int) -> nn.Module:
     """Return the network of a recipe, initialised from torch's global generator, in training mode.
 
-    It is called as ``model(x, branch="adv") -> logits (N, num_classes)`` with x (N, 3, H, W), float in [0, 1]. Under
+    It is called as ``model(x) -> logits (N, num_classes)`` with x (N, 3, H, W), float in [0, 1]. Under
     ``torch.device("meta")`` it is built without memory.
 
     Raises:

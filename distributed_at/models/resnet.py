@@ -11,7 +11,7 @@ from torch import nn
 
 from distributed_at.config import ModelConfig
 from distributed_at.models.activations import build_activation
-from distributed_at.models.base import Block, Projection, StagedNetwork, conv1x1, conv3x3, pooled, stem_conv, stem_pool
+from distributed_at.models.base import Block, StagedNetwork, conv1x1, conv3x3, pooled, projection, stem_conv, stem_pool
 from distributed_at.models.norm import norm_factory
 
 
@@ -26,18 +26,18 @@ class BasicBlock(Block):
         self.conv2 = conv3x3(width, width)
         self.bn2 = norm(width)
         self.activation = build_activation(config)
-        self.downsample = Projection(in_channels, width, stride, norm) if stride != 1 or in_channels != width else None
+        self.downsample = projection(in_channels, width, stride, norm) if stride != 1 or in_channels != width else None
 
     @property
     def last_norm(self) -> nn.Module:
         """The norm that ends the residual branch."""
         return self.bn2
 
-    def forward(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, width, H / stride, W / stride)."""
-        out = self.activation(self.bn1(self.conv1(x), branch))
-        out = self.bn2(self.conv2(out), branch)
-        shortcut = x if self.downsample is None else self.downsample(x, branch)
+        out = self.activation(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
         return self.activation(out + shortcut)
 
 
@@ -58,7 +58,7 @@ class Bottleneck(Block):
         self.bn3 = norm(out_channels)
         self.activation = build_activation(config)
         self.downsample = (
-            Projection(in_channels, out_channels, stride, norm) if stride != 1 or in_channels != out_channels else None
+            projection(in_channels, out_channels, stride, norm) if stride != 1 or in_channels != out_channels else None
         )
 
     @property
@@ -66,12 +66,12 @@ class Bottleneck(Block):
         """The norm that ends the residual branch."""
         return self.bn3
 
-    def forward(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, 4 * width, H / stride, W / stride)."""
-        out = self.activation(self.bn1(self.conv1(x), branch))
-        out = self.activation(self.bn2(self.conv2(out), branch))
-        out = self.bn3(self.conv3(out), branch)
-        shortcut = x if self.downsample is None else self.downsample(x, branch)
+        out = self.activation(self.bn1(self.conv1(x)))
+        out = self.activation(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
         return self.activation(out + shortcut)
 
 
@@ -97,7 +97,7 @@ class ResNet(StagedNetwork):
         channels = self.add_stages(config, blocks, BLOCKS[block])
         self.fc = nn.Linear(channels, num_classes)
 
-    def classify(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (N, num_classes) of normalised pixels (N, 3, H, W)."""
-        x = self.maxpool(self.activation(self.bn1(self.conv1(x), branch)))
-        return self.fc(pooled(self.run_stages(x, branch)))
+        x = self.maxpool(self.activation(self.bn1(self.conv1(x))))
+        return self.fc(pooled(self.run_stages(x)))

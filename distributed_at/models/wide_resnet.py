@@ -31,11 +31,11 @@ class WideBlock(nn.Module):
         self.activation = build_activation(config)
         self.convShortcut = conv1x1(in_channels, width, stride) if in_channels != width else None
 
-    def forward(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, width, H / stride, W / stride)."""
-        out = self.activation(self.bn1(x, branch))
+        out = self.activation(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        out = self.activation(self.bn2(self.conv1(out), branch))
+        out = self.activation(self.bn2(self.conv1(out)))
         return self.conv2(out) + shortcut
 
 
@@ -73,9 +73,9 @@ class WideResNet(Network):
         self.activation = build_activation(config)
         self.fc = nn.Linear(channels, num_classes)
 
-    def classify(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+    def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (N, num_classes) of normalised pixels (N, 3, H, W)."""
         x = self.conv1(x)
         for index in range(len(STAGE_STRIDES)):
-            x = self.run_stage(getattr(self, f"block{index + 1}").layer, x, branch)
-        return self.fc(pooled(self.activation(self.bn1(x, branch))))
+            x = self.run_stage(getattr(self, f"block{index + 1}").layer, x)
+        return self.fc(pooled(self.activation(self.bn1(x))))

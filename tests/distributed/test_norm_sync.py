@@ -47,9 +47,9 @@ def run_layer(sizes: tuple[int, ...], mode: str, transform: bool) -> dict[str, t
     set_process_group(layer, dist.group.WORLD)
     x = union().split(list(sizes))[rank].clone().requires_grad_()
     if transform:
-        grad = torch.func.grad(lambda z: loss_of(layer(z, "adv"), x))(x.detach())
+        grad = torch.func.grad(lambda z: loss_of(layer(z), x))(x.detach())
         return {"grad": grad, **layer.state_dict()}
-    out = layer(x, "adv")
+    out = layer(x)
     loss_of(out, x).backward()
     return {
         "out": out.detach(),
@@ -82,7 +82,7 @@ def test_two_ranks_equal_one_process_on_the_union(by_case: dict, sizes: tuple[in
     reference = layer_of(mode)
     before = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     x = union().requires_grad_()
-    out = reference(x, "adv")
+    out = reference(x)
     loss_of(out, x).backward()
     ranks = by_case[sizes, mode, False]
     torch.testing.assert_close(torch.cat([r["out"] for r in ranks]), out.detach())
@@ -100,7 +100,7 @@ def test_two_ranks_equal_one_process_on_the_union(by_case: dict, sizes: tuple[in
 def test_synchronised_statistics_work_under_a_function_transform(by_case: dict) -> None:
     reference = layer_of("train")
     x = union().requires_grad_()
-    loss_of(reference(x, "adv"), x).backward()
+    loss_of(reference(x), x).backward()
     ranks = by_case[UNEVEN, "train", True]
     torch.testing.assert_close(torch.cat([r["grad"] for r in ranks]), x.grad)
     for result in ranks:

@@ -117,8 +117,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "a basic block activates before it adds",
         "models/resnet.py",
-        "out = self.bn2(self.conv2(out), branch)\n",
-        "out = self.activation(self.bn2(self.conv2(out), branch))\n",
+        "out = self.bn2(self.conv2(out))\n",
+        "out = self.activation(self.bn2(self.conv2(out)))\n",
         _WEIGHTS + "test_same_weights_give_identical_logits[resnet18]",
     ),
     Mutation(
@@ -131,8 +131,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the last activation of a pre-activation net is missing",
         "models/preact_resnet.py",
-        "pooled(self.activation(self.bn(x, branch)))",
-        "pooled(self.bn(x, branch))",
+        "pooled(self.activation(self.bn(x)))",
+        "pooled(self.bn(x))",
         _REFERENCES + "test_preactivation_networks_compute_what_their_paper_defines",
     ),
     Mutation(

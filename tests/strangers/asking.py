@@ -38,7 +38,7 @@ class Witness(nn.Module):
         self.seen: list[torch.Tensor] = []  # (n, C, H, W) each, without gradient: predictions, not steps
         self.asked = {"calls": 0, "images": 0}  # a number of its own would be set back with the module's flags
 
-    def forward(self, x: torch.Tensor, branch: str = "adv") -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.asked["calls"] += 1
         self.asked["images"] += len(x)
         if not torch.is_grad_enabled():

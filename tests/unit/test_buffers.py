@@ -21,7 +21,7 @@ def after(layer, merger, groups):
     merger.begin_step()
     for x, weight in groups:
         merger.begin_group()
-        layer(x, "adv")
+        layer(x)
         merger.end_group(weight)
     merger.finish_step()
     return layer.running_mean.clone()
@@ -92,7 +92,7 @@ def test_every_group_starts_from_the_steps_buffers_and_a_bad_step_is_taken_back(
     for _ in range(2):
         merger.begin_group()
         assert all(torch.equal(value, start[name]) for name, value in layer.named_buffers())
-        layer(torch.randn(4, 3, 2, 2), "adv")
+        layer(torch.randn(4, 3, 2, 2))
         merger.end_group(0.5)
     merger.restore()
     assert all(torch.equal(value, start[name]) for name, value in layer.named_buffers())
@@ -162,11 +162,11 @@ def test_forwards_after_the_optimiser_step_are_counted_once_too():
     merger.begin_step()
     for _ in range(2):
         merger.begin_group()
-        layer(x, "adv")
+        layer(x)
         merger.end_group(0.5)
     for index in range(2):
         merger.resume_group(index)
-        layer(x, "adv")
+        layer(x)
         merger.update_group(index)
     merger.finish_step()
     assert layer.num_batches_tracked.item() == 2

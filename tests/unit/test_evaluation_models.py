@@ -9,7 +9,7 @@ import torch
 from distributed_at.config import AttackConfig, DataConfig, EvalAttackConfig, ModelConfig
 from distributed_at.data.sources import open_split
 from distributed_at.evaluation import evaluate, weights_hash
-from distributed_at.models import build_model
+from distributed_at.models import build_model, on_branch
 from distributed_at.models.norm import BatchNorm, set_bn_mode
 
 CLEAN = EvalAttackConfig(kind="clean")
@@ -36,9 +36,9 @@ def test_branches_of_a_mixture_norm_are_evaluated_apart_and_named(data) -> None:
     assert (adv.protocol.branch, clean.protocol.branch) == ("adv", "clean")
     assert adv.protocol.hash != clean.protocol.hash
     assert not np.allclose(adv.rows.loss, clean.rows.loss)
-    with torch.no_grad():
+    with torch.no_grad(), on_branch(model, "clean"):
         images, labels = data.read(ids, epoch=0, train=False)
-        logits = model.eval()(images.float() / 255, branch="clean")
+        logits = model.eval()(images.float() / 255)
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     np.testing.assert_allclose(clean.rows.loss, expected.numpy(), rtol=1e-4)
 

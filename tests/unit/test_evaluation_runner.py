@@ -215,7 +215,7 @@ def test_a_model_that_writes_its_buffers_in_eval_mode_is_refused(model) -> None:
             super().__init__()
             self.inner = trained()
 
-        def forward(self, x, branch="adv"):
+        def forward(self, x):
             self.inner.norm.running_mean.mul_(0.9)
             return self.inner(x)
 

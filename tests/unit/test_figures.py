@@ -242,7 +242,7 @@ def test_batch_statistics_are_what_training_adds_to_the_running_ones(norm):
     mean, variance = batch_statistics(network, images, layer=layer)
     assert all(torch.equal(before[name], b) for name, b in bn_buffers(network).items())
     network.train()
-    network(images, branch="adv")
+    network(images)
     name = f"{layer}.adv" if norm == "mbn" else layer
     moved = bn_buffers(network)
     torch.testing.assert_close(moved[f"{name}.running_mean"].double(), 0.1 * mean, rtol=1e-4, atol=1e-6)

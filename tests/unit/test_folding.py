@@ -60,8 +60,8 @@ def test_convolution_with_a_bias_folds_exactly() -> None:
             self.conv = nn.Conv2d(3, 6, 3, padding=1, groups=3, padding_mode="reflect")
             self.bn = BatchNorm(6, eps=0.1)
 
-        def forward(self, x: torch.Tensor, branch: str = "adv") -> torch.Tensor:
-            return self.bn(self.conv(x), branch).mean((2, 3))
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(self.conv(x)).mean((2, 3))
 
     torch.manual_seed(0)
     net = Net().double()
@@ -81,9 +81,9 @@ def test_convolution_read_twice_is_not_folded() -> None:
             self.conv = nn.Conv2d(3, 4, 1)
             self.bn = BatchNorm(4)
 
-        def forward(self, x: torch.Tensor, branch: str = "adv") -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.conv(x)
-            return (self.bn(y, branch) + y).mean((2, 3))
+            return (self.bn(y) + y).mean((2, 3))
 
     net = Net().double().eval()
     net.bn.running_mean.fill_(0.5)

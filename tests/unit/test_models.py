@@ -10,9 +10,9 @@ import torch
 
 from distributed_at.config import ARCHITECTURES, Activation, ModelConfig
 from distributed_at.errors import ConfigError
-from distributed_at.models import LAYOUTS, build_model, set_bn_mode
+from distributed_at.models import LAYOUTS, build_model, on_branch, set_bn_mode, set_branch
 from distributed_at.models.activations import build_activation
-from distributed_at.models.norm import norm_layers
+from distributed_at.models.norm import MixtureBatchNorm, norm_layers
 
 NORMS = ("bn", "gn", "mbn")
 BRANCHES = ("clean", "adv")
@@ -47,7 +47,8 @@ def check_network(config: ModelConfig, branch: str) -> None:
     torch.manual_seed(0)
     model = build_model(config, num_classes=CLASSES)
     x = images().requires_grad_()
-    logits = model(x, branch=branch)
+    with on_branch(model, branch):
+        logits = model(x)
     assert logits.shape == (4, CLASSES)
     (grad,) = torch.autograd.grad(logits[:, 0].sum(), x, retain_graph=True)
     assert torch.isfinite(grad).all()
@@ -129,7 +130,7 @@ def test_misspelt_branch_is_refused_by_every_norm(family: str) -> None:
     for norm in NORMS:
         model = build_model(FAMILIES[family].model_copy(update={"norm": norm}), num_classes=CLASSES)
         with pytest.raises(ConfigError, match="'clean'"):
-            model(images(), branch="cleen")
+            set_branch(model, "cleen")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,9 +188,9 @@ def test_activation_checkpointing_changes_nothing_but_memory(family: str, norm: 
         blocks = [m for m in model.modules() if type(m).__name__.endswith(("Block", "Bottleneck"))]
         calls = []
         blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        torch.nn.functional.cross_entropy(model(images(), branch="adv"), torch.arange(4)).backward()
+        torch.nn.functional.cross_entropy(model(images()), torch.arange(4)).backward()
         assert len(calls) == (2 if recompute else 1)
-        model(images(), branch="adv").sum().backward()  # a later step moves running statistics again
+        model(images()).sum().backward()  # a later step moves running statistics again
         model.eval()
         calls.clear()
         x = images().requires_grad_()
@@ -202,6 +203,27 @@ def test_activation_checkpointing_changes_nothing_but_memory(family: str, norm: 
     for grad, other_grad in zip(grads, other_grads, strict=True):
         assert (grad is None) == (other_grad is None)
         assert grad is None or torch.equal(grad, other_grad)
+
+
+@pytest.mark.parametrize("last", BRANCHES)
+def test_a_recomputed_forward_runs_on_its_own_branch_whatever_came_after(last: str) -> None:
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        config = tiny("resnet", norm="mbn", activation_checkpointing=recompute)
+        model = build_model(config, num_classes=CLASSES)
+        for number, layer in enumerate(norm_layers(model)):
+            torch.nn.init.constant_(layer.weight, 0.5 + 0.1 * number)
+        with on_branch(model, "clean"):
+            clean = model(images())
+        with on_branch(model, "adv"):
+            adv = model(1.0 - images())
+        set_branch(model, last)
+        (clean.square().sum() + adv[:, 0].sum()).backward()
+        assert all(layer.branch == last for layer in model.modules() if isinstance(layer, MixtureBatchNorm))
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -251,8 +273,8 @@ def test_function_transform_gives_the_same_input_gradient_and_buffers(family: st
         for layer in norm_layers(each):
             layer.group_size = 2
     x = images()
-    transformed = torch.func.grad(lambda z: model(z, branch="adv").square().sum())(x)
-    (plain,) = torch.autograd.grad(twin(x.requires_grad_(), branch="adv").square().sum(), x)
+    transformed = torch.func.grad(lambda z: model(z).square().sum())(x)
+    (plain,) = torch.autograd.grad(twin(x.requires_grad_()).square().sum(), x)
     torch.testing.assert_close(transformed, plain)
     for name, tensor in twin.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -268,7 +290,8 @@ def test_network_traces_into_one_graph(norm: str) -> None:
         eager = copy.deepcopy(model)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for branch in BRANCHES:
-            torch.testing.assert_close(compiled(images(), branch=branch), eager(images(), branch=branch))
+            with on_branch(model, branch), on_branch(eager, branch):
+                torch.testing.assert_close(compiled(images()), eager(images()))
         for name, tensor in eager.state_dict().items():
             torch.testing.assert_close(model.state_dict()[name], tensor)
 
@@ -281,7 +304,7 @@ def test_attack_gradient_traces_into_one_graph(norm: str, mode: str) -> None:
     set_bn_mode(model, mode)
 
     def gradient(x: torch.Tensor) -> torch.Tensor:
-        return torch.func.grad(lambda z: model(z, branch="adv").square().sum())(x)
+        return torch.func.grad(lambda z: model(z).square().sum())(x)
 
     torch._dynamo.reset()
     compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")

@@ -119,7 +119,7 @@ def test_norm_layers_take_eps_and_momentum_from_the_recipe(norm: str) -> None:
     model = build_model(config, num_classes=5).double()
     seen = []
     model.bn1.register_forward_hook(lambda layer, given, out: seen.append((given[0], out)))
-    model(images(), branch="adv")
+    model(images())
     ((x, out),) = seen
     if norm == "gn":
         torch.testing.assert_close(out, F.group_norm(x, 2, eps=0.3))

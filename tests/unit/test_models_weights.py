@@ -10,7 +10,14 @@ import torchvision
 
 from distributed_at.config import ModelConfig
 from distributed_at.errors import ConfigError
-from distributed_at.models import bn_buffers, build_model, load_torchvision_state_dict, weight_decay_groups
+from distributed_at.models import (
+    BRANCHES,
+    bn_buffers,
+    build_model,
+    load_torchvision_state_dict,
+    on_branch,
+    weight_decay_groups,
+)
 
 SHARED = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -46,8 +53,9 @@ def test_torchvision_weights_fill_both_halves_of_a_mixture() -> None:
     load_torchvision_state_dict(ours, theirs.state_dict())
     expected = theirs.eval()(x)
     ours.eval()
-    assert torch.equal(ours(x, branch="clean"), expected)
-    assert torch.equal(ours(x, branch="adv"), expected)
+    for branch in BRANCHES:
+        with on_branch(ours, branch):
+            assert torch.equal(ours(x), expected)
 
 
 def test_foreign_weights_are_refused_by_name_and_nothing_is_copied() -> None:
@@ -116,7 +124,7 @@ def test_zero_init_gamma_makes_every_residual_branch_vanish(block: str, norm: st
     assert zero == {name for name in scales if f".{last}." in name}
     assert all((p == 1).all() for name, p in scales.items() if name not in zero)
     x = torch.rand(2, 128 if block == "bottleneck" else 32, 8, 8)
-    assert torch.equal(model.layer1[1](x, "adv"), x), "the block is the identity for activations"
+    assert torch.equal(model.layer1[1](x), x), "the block is the identity for activations"
 
 
 def test_same_seed_gives_the_same_weights() -> None:

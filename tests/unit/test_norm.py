@@ -18,11 +18,14 @@ from distributed_at.models import (
     bn_buffers,
     build_model,
     norm_layers,
+    on_branch,
     set_bn_mode,
+    set_branch,
     set_group_size,
     set_process_group,
 )
-from distributed_at.models.norm import recomputation
+from distributed_at.models.branches import check_branch
+from distributed_at.models.recomputation import recomputation
 
 C = 6
 
@@ -56,9 +59,9 @@ def test_train_and_eval_equal_torch_batch_norm_bitwise(momentum: float) -> None:
     theirs = nn.BatchNorm2d(C, eps=1e-3, momentum=momentum)
     theirs.load_state_dict(ours.state_dict())
     for seed in range(3):
-        assert torch.equal(ours(features(8, seed), "adv"), theirs(features(8, seed)))
+        assert torch.equal(ours(features(8, seed)), theirs(features(8, seed)))
     assert changed(snapshot(theirs), ours) == set()
-    assert torch.equal(ours.eval()(features(8), "clean"), theirs.eval()(features(8)))
+    assert torch.equal(ours.eval()(features(8)), theirs.eval()(features(8)))
 
 
 def test_batch_mode_normalises_by_the_batch_and_leaves_buffers_bitwise() -> None:
@@ -159,15 +162,17 @@ def test_one_branch_never_moves_the_other_by_a_bit(branch: str, other: str, grou
     model = build_model(config, num_classes=3)
     set_group_size(model, group_size)
     before = snapshot(model)
-    logits_other = model.eval()(torch.ones(2, 3, 8, 8), branch=other)
+    set_branch(model, other)
+    logits_other = model.eval()(torch.ones(2, 3, 8, 8))
     model.train()
     for _ in range(3):
-        model(torch.rand(4, 3, 8, 8), branch=branch).sum().backward()
+        with on_branch(model, branch):
+            model(torch.rand(4, 3, 8, 8)).sum().backward()
     moved = changed(before, model)
     expected = {name for name in bn_buffers(model) if f".{branch}." in name}
     assert moved == expected
     assert all(p.grad is None for name, p in model.named_parameters() if f".{other}." in name)
-    assert torch.equal(model.eval()(torch.ones(2, 3, 8, 8), branch=other), logits_other)
+    assert torch.equal(model.eval()(torch.ones(2, 3, 8, 8)), logits_other)
 
 
 def test_branches_of_a_mixture_are_full_and_separate_sets() -> None:
@@ -177,7 +182,7 @@ def test_branches_of_a_mixture_are_full_and_separate_sets() -> None:
     with torch.no_grad():
         layer.adv.weight.fill_(3.0)
     x = features(4)
-    torch.testing.assert_close(layer(x, "adv"), 3 * layer(x, "clean"))
+    torch.testing.assert_close(layer(x), 3 * layer.serving("clean")(x))
 
 
 def test_mode_of_one_branch_leaves_the_other_alone() -> None:
@@ -200,17 +205,27 @@ def test_misspelt_mode_branch_and_group_size_are_refused() -> None:
     with pytest.raises(ConfigError, match="'clean', 'adv'"):
         set_bn_mode(layer, "eval", branch="main")
     with pytest.raises(ConfigError, match="Did you mean 'clean'"):
-        layer(features(2), "cleam")
+        set_branch(layer, "cleam")
     with pytest.raises(ConfigError, match="at least 1"):
         set_group_size(layer, 0)
 
 
-def test_group_norm_is_per_sample_whatever_the_mode_or_branch() -> None:
+def test_a_branch_holds_within_its_block_alone_and_also_after_an_error() -> None:
+    layer = MixtureBatchNorm(C)
+    with on_branch(layer, "clean"):
+        assert layer.branch == "clean"
+        with pytest.raises(ConfigError), on_branch(layer, "adv"):
+            check_branch("main" if layer.branch == "adv" else "adv")
+        assert layer.branch == "clean"
+    assert layer.branch == "adv"
+
+
+def test_group_norm_is_per_sample_whatever_the_mode() -> None:
     layer = trained(GroupNorm(3, C))
     x = features(8)
-    expected = torch.cat([layer(x[i : i + 1], "clean") for i in range(8)])
+    expected = torch.cat([layer(x[i : i + 1]) for i in range(8)])
     set_bn_mode(layer, "batch")
-    torch.testing.assert_close(layer(x, "adv"), expected)
+    torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer.eval()(x), nn.functional.group_norm(x, 3, layer.weight, layer.bias, 1e-5))
 
 
@@ -234,7 +249,7 @@ def test_two_forwards_before_one_backward_work_in_train_mode() -> None:
     for group_size in (None, 2):
         set_group_size(layer, group_size)
         x = features(4).requires_grad_()
-        (layer(x, "clean").pow(3).sum() + layer(2 * x, "adv").pow(3).sum()).backward()
+        (layer(x).pow(3).sum() + layer(2 * x).pow(3).sum()).backward()
         assert torch.isfinite(x.grad).all()
 
 

@@ -152,7 +152,7 @@ def test_backward_in_the_loop_is_caught() -> None:
     def backward_iteration(adv, step_size, bounds: Bounds, goal: Goal):
         with torch.enable_grad():
             image = adv.detach().requires_grad_()
-            logits = found.model(image, branch="adv")
+            logits = found.model(image)
             nn.functional.cross_entropy(logits, goal.labels, reduction="sum").backward()
         return found.attack.threat.step_into(adv, image.grad, step_size, bounds), logits.detach()
 
