@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+LABELLED, EXTRA = 0, 1  # origins of an image: the data set itself, or a pool beside it
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -20,6 +22,11 @@ class Batch:
         epoch: epoch whose counters apply.
         step: global optimiser step.
         group_ids: (N,) int64, number of each sample's BN group within the epoch, the same at every world size.
+        origin: (N,) int8, ``LABELLED`` or ``EXTRA``; None = all are of the data set itself.
+        targets: (N, K) float, the class distribution that each image stands for; None = its label's.
+        place: row of this rank's share of the step's batch at which this micro-batch begins; None = a stand-in for
+            images that a rank does not have, whose loss counts nothing and which must leave no trace.
+        repeat: which use of this batch the step is, from 0, for objectives that use a batch several times.
     """
 
     ids: torch.Tensor
@@ -28,6 +35,10 @@ class Batch:
     epoch: int
     step: int
     group_ids: torch.Tensor
+    origin: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    place: int | None = 0
+    repeat: int = 0
 
     def __len__(self) -> int:
         return self.ids.shape[0]

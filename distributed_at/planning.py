@@ -128,11 +128,14 @@ def make_plan(
         micro_batch_size=train.micro_batch_size,
         bn_group_size=train.bn_group_size,
     )
-    batch.require_whole_groups(OBJECTIVES[config.objective.name].needs(config.objective).whole_groups)
+    needs = OBJECTIVES[config.objective.name].needs(config.objective)
+    batch.require_whole_groups(needs.whole_groups)
     num_train, num_test = split_sizes(config.data)
-    per_epoch = batch.steps_per_epoch(num_train, drop_last=train.drop_last)
+    per_epoch = batch.steps_per_epoch(num_train, drop_last=train.drop_last) * needs.repeats
     schedules = Schedules.from_config(config, per_epoch)
-    images = _images(schedules.num_steps, per_epoch, num_train, batch.batch_size, drop_last=train.drop_last)
+    images = _images(
+        schedules.num_steps, per_epoch, num_train * needs.repeats, batch.batch_size, drop_last=train.drop_last
+    )
     if statistics is None:
         statistics = measure_model(config)
     units = config_units(config)
@@ -208,16 +211,19 @@ def estimate_memory(config: RunConfig, batch: BatchPlan, statistics: ModelStatis
     states += weights if config.train.ema else 0
     half_attack = config.attack is not None and config.attack.dtype != "fp32"
     states += weights // 2 if half_attack or config.train.precision == "bf16" else 0
-    passes = OBJECTIVES[config.objective.name].passes(config.objective)
+    objective = OBJECTIVES[config.objective.name]
+    states += len(objective.needs(config.objective).networks) * (weights + statistics.buffers * _FLOAT)
+    passes = objective.passes(config.objective)
     training = passes.activations * statistics.train_bytes * (0.5 if config.train.precision == "bf16" else 1.0)
     attack = 0.0 if config.attack is None else statistics.input_grad_bytes * (0.5 if half_attack else 1.0)
     return Memory(states=states, activations=round(batch.micro_batch * max(training, attack)))
 
 
 def checkpoint_bytes(config: RunConfig, statistics: ModelStatistics) -> int:
-    """Return the bytes of tensors in one checkpoint: weights, optimiser, running statistics, averaged weights."""
+    """Return the bytes of tensors in one checkpoint: weights, optimiser, statistics, averaged weights, other networks."""
     copies = 1 + _optimizer_states(config) + (1 if config.train.ema else 0)
-    return (statistics.parameters * copies + statistics.buffers) * _FLOAT
+    others = len(OBJECTIVES[config.objective.name].needs(config.objective).networks)
+    return (statistics.parameters * (copies + others) + statistics.buffers * (1 + others)) * _FLOAT
 
 
 def _optimizer_states(config: RunConfig) -> int:
@@ -227,7 +233,7 @@ def _optimizer_states(config: RunConfig) -> int:
 
 
 def _images(num_steps: int, per_epoch: int, num_train: int, batch_size: int, *, drop_last: bool) -> int:
-    """Training images that ``num_steps`` steps see; the last batch of an epoch may be incomplete."""
+    """Training images that ``num_steps`` steps see, each use counted; the last batch of an epoch may be incomplete."""
     epochs, rest = divmod(num_steps, per_epoch)
     each = per_epoch * batch_size if drop_last else num_train
     return epochs * each + min(rest * batch_size, each)

@@ -96,6 +96,11 @@ class RunConfig(Strict):
             )
         if objective.needs(section).attack != "none" and self.attack is None:
             raise ValueError(f"objective '{name}' needs attack: {{eps, num_steps, step_size}}")
+        if objective.needs(section).gradients and self.parallel.zero_stage > 0:
+            raise ValueError(
+                f"objective '{name}' looks at the weights' gradients before the optimiser's step, and DeepSpeed keeps "
+                f"them whole until then at parallel.zero_stage 0 alone, got {self.parallel.zero_stage}"
+            )
         refusal = objective.refuse(self)
         if refusal is not None:
             raise ValueError(refusal)

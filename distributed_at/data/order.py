@@ -24,6 +24,7 @@ class StepOrder:
     """The global order of an epoch, cut into steps of ``batch_size`` samples.
 
     Step ``s`` of epoch ``e`` is ``order(e)[s * B : (s + 1) * B]``; the order depends on the seed and the epoch alone.
+    With ``repeats`` m each batch is that of m steps in a row: step ``s`` shows batch ``s // m``.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class StepOrder:
         drop_last: bool = True,
         *,
         sample_ids: np.ndarray | None = None,
+        repeats: int = 1,
     ) -> None:
         """Describe an order.
 
@@ -44,6 +46,7 @@ class StepOrder:
             drop_last: leave out the last incomplete batch of each epoch.
             sample_ids: (num_samples,) int64, the ids to order; null means ``range(num_samples)``. The order of the
                 positions does not depend on them.
+            repeats: steps in a row that show the same batch.
 
         Raises:
             ConfigError: the batch is larger than the split and would be dropped, so that an epoch has no step.
@@ -57,8 +60,9 @@ class StepOrder:
         self.seed = seed
         self.drop_last = drop_last
         self.sample_ids = None if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
+        self.repeats = repeats
         full, rest = divmod(num_samples, batch_size)
-        self.steps_per_epoch = full if drop_last else full + (rest > 0)
+        self.steps_per_epoch = repeats * (full if drop_last else full + (rest > 0))
         if self.steps_per_epoch == 0:
             raise ConfigError(
                 f"train.batch_size {batch_size} is larger than the training split ({num_samples} images) and "
@@ -69,15 +73,19 @@ class StepOrder:
         """Return (epoch, step in epoch) of a global step that counts from 0."""
         return divmod(step, self.steps_per_epoch)
 
+    def batch(self, step_in_epoch: int) -> int:
+        """Return the number, within the epoch, of the batch that a step shows."""
+        return step_in_epoch // self.repeats
+
     def length(self, step_in_epoch: int) -> int:
         """Return the number of samples of a step: ``batch_size``, or less for a kept last batch."""
         self._check(step_in_epoch)
-        return min(self.batch_size, self.num_samples - step_in_epoch * self.batch_size)
+        return min(self.batch_size, self.num_samples - self.batch(step_in_epoch) * self.batch_size)
 
     def ids(self, epoch: int, step_in_epoch: int) -> np.ndarray:
         """Return the (length,) int64 ids of a step over all ranks, in the order that its groups are cut from."""
         self._check(step_in_epoch)
-        start = step_in_epoch * self.batch_size
+        start = self.batch(step_in_epoch) * self.batch_size
         positions = _epoch_order(self.seed, epoch, self.num_samples)[start : start + self.batch_size]
         return positions.copy() if self.sample_ids is None else self.sample_ids[positions]
 

@@ -60,6 +60,10 @@ class ImageSource(ABC):
     def labels(self, ids: np.ndarray) -> np.ndarray:
         """Return the (N,) int64 labels of (N,) ids."""
 
+    def origins(self, ids: np.ndarray) -> np.ndarray | None:
+        """Return (N,) int8 of ``batch.LABELLED`` and ``batch.EXTRA``; None where all are of the data set itself."""
+        return None
+
     @abstractmethod
     def read(
         self, ids: np.ndarray, *, epoch: int, train: bool, seed: int | None = None

@@ -26,7 +26,7 @@ from distributed_at.engine.averaging import WeightAverage
 from distributed_at.engine.batching import BatchPlan, total_steps
 from distributed_at.engine.buffers import BufferMerger
 from distributed_at.engine.compiled_attack import Work, build_iteration, convolutions_to_compile
-from distributed_at.engine.initial_weights import begin_from
+from distributed_at.engine.initial_weights import begin_from, read_into
 from distributed_at.engine.optimizers import build_optimizer
 from distributed_at.engine.parallel import TrainingEngine, World
 from distributed_at.engine.regions import count_convolutions
@@ -53,6 +53,7 @@ class Parts:
     attack: PGD | None
     iteration: Iteration | None
     objective: Objective
+    views: dict[str, Twin]  # of the objective's other networks
     buffers: BufferMerger
     average: WeightAverage | None
     schedules: Schedules
@@ -64,6 +65,12 @@ class Parts:
     def skips_nonfinite(self) -> bool:
         """Whether a non-finite gradient leaves the weights as they were (ZeRO 1 and 2, and one process; not ZeRO 0)."""
         return self.config.parallel.zero_stage > 0
+
+    def refresh_views(self) -> None:
+        """Bring what the attack sees up to date: the optimiser, an objective or a resume has changed the weights."""
+        for twin in (self.twin, *self.views.values()):
+            if twin is not None:
+                twin.refresh()
 
     def start_step(self, step: int) -> None:
         """Set what depends on the step number alone: the learning rate and the BN stage."""
@@ -100,6 +107,19 @@ def build_network(config: RunConfig, num_classes: int) -> nn.Module:
     """
     torch.manual_seed(config.seed)
     return build_model(config.model, num_classes=num_classes)
+
+
+def _another_network(
+    config: RunConfig, num_classes: int, weights: str | None, world: World, folder: RunFolder | None
+) -> nn.Module:
+    """Return a network for an objective beside the one that is trained: frozen, in eval mode (collective)."""
+    module = build_network(config, num_classes)
+    if folder is not None:
+        if weights is not None:
+            read_into(module, weights, world, folder)
+        else:
+            begin_from(module, config, world, folder)
+    return module.to(world.device).requires_grad_(False).eval()
 
 
 def keep_trainable(module: nn.Module, config: RunConfig) -> None:
@@ -172,7 +192,8 @@ def build_parts(
         micro_batch_size=config.train.micro_batch_size,
         bn_group_size=config.train.bn_group_size,
     )
-    plan.require_whole_groups(OBJECTIVES[config.objective.name].needs(config.objective).whole_groups)
+    needs = OBJECTIVES[config.objective.name].needs(config.objective)
+    plan.require_whole_groups(needs.whole_groups)
     source = open_split(config.data, "train", seed=config.seed, warn=warn)
     order = StepOrder(
         source.num_samples,
@@ -180,28 +201,36 @@ def build_parts(
         seed=config.seed,
         drop_last=config.train.drop_last,
         sample_ids=source.sample_ids,
+        repeats=needs.repeats,
     )
     num_classes = num_classes_of(config, source)
     module = build_network(config, num_classes)
     initial_weights = begin_from(module, config, world, folder) if folder is not None else None
     module = module.to(world.device)
     keep_trainable(module, config)
+    schedules = Schedules.from_config(config, order.steps_per_epoch)
     context = ObjectiveContext(
         num_classes=num_classes,
         seed=config.seed,
         shared_statistics=config.model.norm == "bn",
         attack_branch=config.attack.branch if config.attack is not None else "adv",
+        places=plan.share,
+        image_size=source.image_size,
+        device=str(world.device),
+        attack=config.attack,
+        eps=lambda step: schedules.eps(step) / 255.0,
+        new_network=lambda weights: _another_network(config, num_classes, weights, world, folder),
     )
     objective = build_objective(config.objective, context)
     set_groups(module, objective, plan)
     synchronise_groups(module, config, plan, world)
-    schedules = Schedules.from_config(config, order.steps_per_epoch)
     optimizer = build_optimizer(config.optimizer, module, lr=schedules.learning_rate(0))
     module.train()
-    spare = copy.deepcopy(module) if config.attack is not None and wanted() else None
+    spare = copy.deepcopy(module) if config.attack is not None and needs.attack == "given" and wanted() else None
     engine = TrainingEngine(module, optimizer, plan=plan, parallel=config.parallel, train=config.train, world=world)
     attack = twin = iteration = twin_check = None
-    if config.attack is not None:
+    views: dict[str, Twin] = {}
+    if config.attack is not None and needs.attack == "given":
         attack = PGD.from_config(config.attack, num_classes=num_classes)
         # after the engine exists: DeepSpeed may have moved the parameters' storage
         twin = Twin(
@@ -213,6 +242,11 @@ def build_parts(
         if spare is not None:
             group_size = None if plan.group_free else plan.group_size
             twin_check = TwinCheck(spare, engine.module, twin, config.attack, group_size)
+    if config.attack is not None:
+        objective.views = views = {
+            name: Twin(network, bn_mode="eval", branch=config.attack.branch, dtype=config.attack.dtype)
+            for name, network in objective.networks().items()
+        }
     return Parts(
         config=config,
         world=world,
@@ -224,6 +258,7 @@ def build_parts(
         attack=attack,
         iteration=iteration,
         objective=objective,
+        views=views,
         buffers=BufferMerger(engine.module, world),
         average=WeightAverage(engine.module, config.train.ema) if config.train.ema is not None else None,
         schedules=schedules,

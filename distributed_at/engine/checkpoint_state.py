@@ -16,6 +16,7 @@ from distributed_at.engine.checkpoint_shards import FlatShard
 from distributed_at.errors import CheckpointError, did_you_mean
 
 MODEL, OPTIMIZER, EMA, BUFFER, OBJECTIVE = "model.", "optimizer.", "ema.", "buffer.", "objective."
+NETWORK = "network."  # of an objective's own tensors: those of its other networks
 
 # Optimisers whose state before the first step equals zeros: class -> keys of a group's state, "step" a scalar.
 _ZERO_START = {
@@ -56,7 +57,7 @@ def training_tensors(
     """Return the whole training state by name: weights, optimiser state, averaged weights, buffers, the objective's own.
 
     ``engine``: DeepSpeed's, or anything with ``module`` and ``optimizer``. ``ema`` and ``buffers``: name -> tensor, equal
-    on all ranks at a step boundary. ``objective``: see ``shard_places``. The fragments alias live storage wherever they can: saving reads and loading writes
+    on all ranks at a step boundary. ``objective``: see ``shard_places`` and ``whole_networks``. The fragments alias live storage wherever they can: saving reads and loading writes
     the training state itself. Call it afresh for each save and load, on all ranks; after a load call ``after_load``.
     Optimiser state that does not exist before the first step is created as zeros, which is what the first step assumes.
     """
@@ -91,6 +92,15 @@ def shard_places(tensors: Mapping[str, torch.Tensor], *, rank: int, world_size: 
         whole = (tensor.shape[0] * world_size, *tensor.shape[1:])
         shards[name] = FlatShard(tensor.detach().view(-1), rank * tensor.numel(), whole)
     return shards
+
+
+def whole_networks(networks: Mapping[str, torch.nn.Module]) -> dict[str, FlatShard]:
+    """Return an objective's own networks, weights and statistics, as tensors that are equal on all ranks."""
+    return {
+        f"{NETWORK}{name}.{key}": FlatShard.whole(tensor)
+        for name, network in networks.items()
+        for key, tensor in network.state_dict().items()
+    }
 
 
 def after_load(engine: Any) -> None:

@@ -7,7 +7,7 @@ has a checkpoint goes on from that and never looks here again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,22 @@ def begin_from(module: nn.Module, config: RunConfig, world: World, folder: RunFo
     source = config.train.init_from
     if source is None:
         return None
+    return read_into(module, source, world, folder, check=lambda: check_initial_weights(config))
+
+
+def read_into(
+    module: nn.Module, source: str, world: World, folder: RunFolder, *, check: Callable[[], None] = lambda: None
+) -> dict[str, Any] | None:
+    """Give a network (on the CPU) the weights of a run or file on all ranks; return what to record of them.
+
+    None, with nothing read, where the run's folder already holds checkpoints, in which the network is saved too.
+    """
     told: list[Any] = [None, None]
     if world.is_main:
         try:
             begins = not (files.list_steps(folder.checkpoints) or files.half_replaced(folder.checkpoints))
             if begins:
-                check_initial_weights(config)
+                check()
                 apply_initial_weights(module, read_initial_weights(source), source)
             told = [begins, None]
         except UserError as error:

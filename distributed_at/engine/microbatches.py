@@ -6,7 +6,7 @@ Which ids, which group and which weight: all from counters and the batch plan; t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def request(plan: BatchPlan, order: StepOrder, rank: int, step: int) -> _Request
         positions.append(np.arange(min(plan.micro_batch, length)))
         weights.append(0.0)
     where = np.concatenate(positions)
-    groups = index * plan.groups_per_step + where // plan.group_size
+    groups = order.batch(index) * plan.groups_per_step + where // plan.group_size
     return _Request(step, epoch, ids[where], groups, tuple(map(len, positions)), tuple(weights))
 
 
@@ -74,7 +74,10 @@ class MicroBatches:
     ) -> None:
         self._device = device
         self._source, self._seed = source, seed
-        steps = (request(plan, order, rank, step) for step in range(first_step, last_step))
+        self._repeats, self._step = order.repeats, first_step
+        self._held: list[MicroBatch] = []
+        begun = first_step // order.repeats * order.repeats  # the batch of the first step may be used already
+        steps = (request(plan, order, rank, step) for step in range(begun, last_step, order.repeats))
         self._ahead = Prefetcher(steps, self._read, depth=prefetch)
         self._results = iter(self._ahead)
 
@@ -86,14 +89,23 @@ class MicroBatches:
 
     def next_step(self) -> list[MicroBatch]:
         """Return the micro-batches of the next step, images float32 in [0, 1] on the device."""
+        repeat = self._step % self._repeats
+        if repeat == 0 or not self._held:
+            self._held = self._next_batch()
+        step, self._step = self._step, self._step + 1
+        return [replace(micro, batch=replace(micro.batch, step=step, repeat=repeat)) for micro in self._held]
+
+    def _next_batch(self) -> list[MicroBatch]:
         wanted, images, labels = next(self._results)
         images = images.to(self._device, non_blocking=True)
         labels = labels.to(self._device, non_blocking=True)
-        ids = torch.from_numpy(np.ascontiguousarray(wanted.ids)).to(self._device, non_blocking=True)
-        groups = torch.from_numpy(np.ascontiguousarray(wanted.group_ids)).to(self._device, non_blocking=True)
-        result = []
+        ids = self._on_device(wanted.ids)
+        groups = self._on_device(wanted.group_ids)
+        origins = self._source.origins(wanted.ids)
+        origin = None if origins is None else self._on_device(origins).split(wanted.sizes)
+        result, place = [], 0
         pieces = zip(*(t.split(wanted.sizes) for t in (ids, images, labels, groups)), strict=True)
-        for (i, x, y, g), weight in zip(pieces, wanted.weights, strict=True):
+        for k, ((i, x, y, g), weight) in enumerate(zip(pieces, wanted.weights, strict=True)):
             batch = Batch(
                 ids=i,
                 images=x.to(torch.float32).div_(255.0),
@@ -101,9 +113,15 @@ class MicroBatches:
                 epoch=wanted.epoch,
                 step=wanted.step,
                 group_ids=g,
+                origin=None if origin is None else origin[k],
+                place=place if weight else None,
             )
+            place += len(i)
             result.append(MicroBatch(batch, weight))
         return result
+
+    def _on_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, non_blocking=True)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         while True:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed_at.config import CheckpointConfig
 from distributed_at.engine.checkpoint import CheckpointManager
-from distributed_at.engine.checkpoint_state import after_load, shard_places, training_tensors
+from distributed_at.engine.checkpoint_state import after_load, shard_places, training_tensors, whole_networks
 from distributed_at.engine.nonfinite import weights_finite
 from distributed_at.engine.parallel import gather_all
 from distributed_at.engine.preemption import agree_max
@@ -45,6 +45,7 @@ class Checkpoints:
         ema = parts.average.tensors if parts.average is not None else None
         world = parts.world
         objective = shard_places(parts.objective.place_tensors(), rank=world.rank, world_size=world.world_size)
+        objective.update(whole_networks(parts.objective.networks()))
         return training_tensors(
             parts.engine.engine, ema=ema, buffers=bn_buffers(parts.engine.module), objective=objective
         )

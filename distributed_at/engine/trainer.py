@@ -151,6 +151,10 @@ class Trainer:
             micros = batches.next_step()
         p.start_step(step)
         passed_over = step in self.guard.skipped
+        if not passed_over:
+            with self._clock.section("attack"):
+                p.refresh_views()
+            micros = [replace(micro, batch=p.objective.prepare(micro.batch)) for micro in micros]
         done = [] if passed_over else [self._micro_step(index, micro, step) for index, micro in enumerate(micros)]
         with self._clock.section("communication"):
             stop, bad = self._agree(done, micros)
@@ -204,8 +208,6 @@ class Trainer:
         if p.attack is not None:
             with self._clock.section("attack"):
                 assert p.twin is not None
-                if index == 0:
-                    p.twin.refresh()  # the optimiser, or a resume, has changed the weights
                 iteration = p.iteration
                 if p.twin_check is not None:
                     p.twin_check.compare(step, batch)
@@ -222,11 +224,13 @@ class Trainer:
                     iteration=iteration,
                 )
         with self._clock.section("train"):
-            terms = p.objective.loss(p.engine.forward, batch, adv)
-            # DeepSpeed averages over W * k equal forwards; this weight makes it the mean over the batch's samples.
-            scale = micro.weight * p.plan.world_size * p.plan.accumulation
-            loss = terms.loss * scale if micro.weight else torch.nan_to_num(terms.loss) * 0.0
-            p.engine.backward(loss)
+            with p.objective.around(p.engine.module, batch, adv):
+                terms = p.objective.loss(p.engine.forward, batch, adv)
+                # DeepSpeed averages over W * k equal forwards; this weight makes it the mean over the batch's samples.
+                scale = micro.weight * p.plan.world_size * p.plan.accumulation
+                loss = terms.loss * scale if micro.weight else torch.nan_to_num(terms.loss) * 0.0
+                p.engine.backward(loss)
+            p.objective.before_step(p.engine.module, batch, last=index + 1 == p.plan.accumulation)
             p.engine.step()
         p.buffers.end_group(micro.weight)
         if micro.weight:
@@ -282,7 +286,7 @@ class Trainer:
             "train",
             **values,
             lr=p.schedules.learning_rate(step),
-            eps=p.schedules.eps(step) if p.attack is not None else 0.0,
+            eps=p.schedules.eps(step) if self.config.attack is not None else 0.0,
             images_per_second=images / max(wall, 1e-9),
             seconds=seconds,
             wall_seconds=wall,

@@ -36,12 +36,16 @@ from distributed_at.objectives.base import (  # noqa: E402
     ObjectiveContext,
     Passes,
     Terms,
+    check_declared,
+    perturbed,
 )
 
 
 def build_objective(config: ObjectiveSection, context: ObjectiveContext) -> Objective:
-    """Build the objective of a recipe from its section."""
-    return OBJECTIVES[config.name](config, context)
+    """Build the objective of a recipe from its section, and see that it keeps what it declares."""
+    objective = OBJECTIVES[config.name](config, context)
+    check_declared(objective)
+    return objective
 
 
 def recorded_objective(section: Mapping[str, Any]) -> tuple[type[Objective], ObjectiveSection] | None:
@@ -66,5 +70,7 @@ __all__ = [
     "Passes",
     "Terms",
     "build_objective",
+    "check_declared",
+    "perturbed",
     "recorded_objective",
 ]

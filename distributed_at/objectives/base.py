@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-if TYPE_CHECKING:
-    import torch
+from distributed_at.lazy import torch
 
+if TYPE_CHECKING:
     from distributed_at.batch import Batch
-    from distributed_at.config import RunConfig
+    from distributed_at.config import AttackConfig, RunConfig
     from distributed_at.config.objective import ObjectiveSection
 
 BranchName = Literal["clean", "adv"]
@@ -67,11 +68,13 @@ class Passes:
         trained: branch -> forwards with a backward through activations and weights; a fraction where a share of the
             batch is used.
         watched: forwards without a backward.
+        attacked: forwards with a gradient to the image alone, of an objective that makes its own adversarial images.
         held: images whose activations lie in memory together, for one of the batch; None = all that are trained.
     """
 
     trained: Mapping[BranchName, float]
     watched: float = 0.0
+    attacked: float = 0.0
     held: float | None = None
 
     @property
@@ -90,12 +93,22 @@ class Needs:
     """What an objective needs around it.
 
     Attributes:
-        attack: "given" = the recipe's attack makes its adversarial images; "none" = it sees none.
+        attack: "given" = the recipe's attack makes its adversarial images; "none" = it sees none; "own" = it makes them
+            itself, within the ball of the recipe's attack, which is then not run.
         whole_groups: why a BN group may not be cut between ranks; "" = it may.
+        networks: names of the networks that it keeps beside the one that is trained.
+        gradients: ``before_step`` reads or changes the weights' gradients.
+        state: it keeps numbers or tensors from one step to the next.
+        repeats: how many steps in a row a batch is used for. Each is an optimiser step of its own; an epoch still reads
+            every image once, and so has ``repeats`` times as many steps.
     """
 
-    attack: Literal["none", "given"] = "given"
+    attack: Literal["none", "given", "own"] = "given"
     whole_groups: str = ""
+    networks: tuple[str, ...] = ()
+    gradients: bool = False
+    state: bool = False
+    repeats: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +121,25 @@ class ObjectiveContext:
         shared_statistics: clean and adversarial images normalise with each other where they share a forward: one batch
             norm for both. False where each kind has a norm of its own, or images do not meet in the norm.
         attack_branch: ``attack.branch`` of the recipe: the norm branch that the attack uses.
+        places: images of a step on this rank, B / W: rows of ``place_tensors``.
+        image_size: height and width of the images, of three channels.
+        device: where images and networks lie.
+        attack: the recipe's attack, None without one.
+        eps: step -> radius of the attack in [0, 1] units.
+        new_network: returns another network of the recipe's architecture on the device, in eval mode and frozen, with
+            the weights of a run or file (its argument, as in ``train.init_from``) or those that the run begins with.
     """
 
     num_classes: int
     seed: int
     shared_statistics: bool = True
     attack_branch: BranchName = "adv"
+    places: int = 0
+    image_size: int = 0
+    device: str = "cpu"
+    attack: AttackConfig | None = None
+    eps: Callable[[int], float] | None = None
+    new_network: Callable[[str | None], torch.nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
@@ -124,7 +150,8 @@ class Objective:
     """Base of all objectives. A subclass gives its section, its facts, ``passes`` and ``loss``; everything else asks it.
 
     What a step leaves for the next one is declared here and nowhere else, and so is saved, resumed exactly and moved
-    between world sizes: numbers and words in ``state_dict``, a row for each image of a batch in ``place_tensors``.
+    between world sizes: numbers and words in ``state_dict``, a row for each image of a batch in ``place_tensors``, other
+    networks in ``networks``. ``needs`` says that there is such a state.
 
     Attributes:
         Config: the section of a recipe whose ``name`` chooses this objective.
@@ -133,6 +160,8 @@ class Objective:
         branches: kinds of images that its loss sees, which are the norm branches that it trains.
         attack_losses: losses measured from the clean prediction that its attack may maximise. Losses of labels alone go
             with every objective.
+        views: name of one of ``networks`` -> images in [0, 1] to logits float32, for gradients to the images: set by the
+            engine where there is an attack, and up to date whenever the objective is called.
     """
 
     Config: ClassVar[type[ObjectiveSection]]
@@ -144,6 +173,7 @@ class Objective:
     def __init__(self, config: Any, context: ObjectiveContext) -> None:
         self.config = config
         self.context = context
+        self.views: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     @classmethod
     def trains(cls, config: Any) -> tuple[BranchName, ...]:
@@ -175,9 +205,24 @@ class Objective:
         """Return short names of what this section adds to the plain objective, for legends."""
         return ()
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the micro-batch as attack and loss are to see it, e.g. with soft targets; called before the attack."""
+        return batch
+
+    def around(self, network: torch.nn.Module, batch: Batch, adv: torch.Tensor | None) -> AbstractContextManager[None]:
+        """Return what holds while a micro-batch's loss and its backward are computed, such as ``perturbed`` weights."""
+        return nullcontext()
+
     def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
         """Return the loss of a micro-batch; ``adv`` (N, C, H, W) are the attack's images, None without an attack."""
         raise NotImplementedError
+
+    def before_step(self, network: torch.nn.Module, batch: Batch, *, last: bool) -> None:
+        """Called between the backward of a micro-batch and the optimiser's step.
+
+        Gradients of images that asked for one are there. After the ``last`` micro-batch of a step, where ``needs`` asks
+        for ``gradients``, the weights' are there too: the mean over the step's batch, equal on all ranks.
+        """
 
     @property
     def has_after_step(self) -> bool:
@@ -199,8 +244,15 @@ class Objective:
         """Return name -> (B / W, ...) contiguous tensors that the next step needs, in their own storage.
 
         Row i belongs to the i-th place of this rank's share of a step's batch, whichever image stands there: what
-        "free" adversarial training keeps of its perturbation (Shafahi et al. 2019, algorithm 1). A resume writes into
-        these tensors, at any world size.
+        "free" adversarial training keeps of its perturbation (Shafahi et al. 2019, algorithm 1). A micro-batch begins
+        at row ``Batch.place``. A resume writes into these tensors, at any world size.
+        """
+        return {}
+
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """Return the networks beside the one that is trained: a frozen teacher, a companion, a source of transfer.
+
+        The optimiser does not know them. They are equal on all ranks after every step; a resume writes into them.
         """
         return {}
 
@@ -216,3 +268,37 @@ def required_adv(adv: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         got = None if adv is None else tuple(adv.shape)
         raise ValueError(f"adversarial images of shape {tuple(batch.images.shape)} are needed, got {got}")
     return adv.detach()
+
+
+@contextmanager
+def perturbed(network: torch.nn.Module, changes: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Add ``changes`` (parameter name -> tensor) to the weights; afterwards they are bitwise what they were.
+
+    A backward through a loss of the changed weights must happen inside.
+    """
+    weights = {name: parameter for name, parameter in network.named_parameters() if name in changes}
+    if missing := set(changes) - set(weights):
+        raise ValueError(f"the network has no parameters {sorted(missing)}")
+    kept = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        with torch.no_grad():
+            for name, change in changes.items():
+                weights[name].add_(change)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in kept.items():
+                weights[name].copy_(weight)
+
+
+def check_declared(objective: Objective) -> None:
+    """Refuse an objective that keeps what it does not declare, or declares what it does not keep.
+
+    Raises:
+        TypeError: what ``needs`` says is not what it holds.
+    """
+    needs, name = objective.needs(objective.config), type(objective).__name__
+    if set(objective.networks()) != set(needs.networks):
+        raise TypeError(f"{name} declares the networks {needs.networks} and holds {tuple(objective.networks())}")
+    if bool(objective.state_dict() or objective.place_tensors()) != needs.state:
+        raise TypeError(f"{name} {'declares a state and keeps none' if needs.state else 'keeps a state: declare it'}")

@@ -18,7 +18,7 @@ _HEAD = """# Objectives
 What one training step minimises. Each is one file in `distributed_at/objectives/`, chosen by `objective.name`; this page
 is written from those files by `python -m distributed_at.objectives.page`. How to add one: [CONTRIBUTING.md](../CONTRIBUTING.md).
 """
-_ATTACKS = {"none": "none", "given": "those of the recipe's attack"}
+_ATTACKS = {"none": "none", "given": "those of the recipe's attack", "own": "its own"}
 
 
 def objectives_page() -> str:

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distributed_at.objectives import OBJECTIVES, Passes, recorded_objective
+from distributed_at.objectives import OBJECTIVES, Objective, recorded_objective
 
 if TYPE_CHECKING:
-    from distributed_at.config import RunConfig
+    from distributed_at.config import ObjectiveSection, RunConfig
 
 from distributed_at.observe.record import NUM_CLASSES
 
@@ -53,9 +53,8 @@ def config_units(config: RunConfig) -> Units:
 
     The objective says its own passes: standard 3; PGD-K 2K + 3; TRADES and full clean counterparts 2K + 6.
     """
-    passes = OBJECTIVES[config.objective.name].passes(config.objective)
     attack = None if config.attack is None else config.attack.model_dump()
-    return _units(passes, attack, config.model.model_dump())
+    return _units(OBJECTIVES[config.objective.name], config.objective, attack, config.model.model_dump())
 
 
 def recipe_units(recipe: Mapping[str, Any]) -> Units | None:
@@ -63,17 +62,19 @@ def recipe_units(recipe: Mapping[str, Any]) -> Units | None:
     found = recorded_objective(recipe.get("objective") or {})
     if found is None:
         return None
-    objective, section = found
-    return _units(objective.passes(section), recipe.get("attack"), recipe.get("model") or {})
+    return _units(*found, recipe.get("attack"), recipe.get("model") or {})
 
 
-def _units(passes: Passes, attack: Mapping[str, Any] | None, model: Mapping[str, Any]) -> Units:
+def _units(
+    objective: type[Objective], section: ObjectiveSection, attack: Mapping[str, Any] | None, model: Mapping[str, Any]
+) -> Units:
+    passes = objective.passes(section)
     one_pass = TRAIN_PASS
     if model.get("activation_checkpointing"):
         one_pass += FORWARD  # activations are computed a second time in the backward pass
-    spent = 0.0
-    if attack:
-        spent = attack_units(
+    spent = ATTACK_STEP * passes.attacked
+    if attack and objective.needs(section).attack == "given":
+        spent += attack_units(
             int(attack.get("num_steps", 0)), restarts=int(attack.get("restarts", 1)), loss=attack.get("loss", "ce")
         )
     return Units(attack=spent, train=one_pass * passes.total_trained + FORWARD * passes.watched)

@@ -19,7 +19,7 @@ class Recorder:
         self.calls: list[dict] = []
         self.shift_adv = shift_adv
 
-    def __call__(self, x, branch="adv", bn="train", grad=True, shares=None):
+    def __call__(self, x, branch="adv", bn="train", grad=True, shares=None, ids=None):
         with torch.set_grad_enabled(grad):
             logits = self.model(x) + (self.shift_adv if branch == "adv" else 0.0)
         if grad:

@@ -44,7 +44,7 @@ def train(model: nn.Module, images, labels, config, *, steps: int, state: dict |
     objective = build_objective(config, ObjectiveContext(num_classes=5, seed=seed))
     per_epoch = len(images) // 6
 
-    def forward(x, branch="adv", bn="train", grad=True, shares=None):
+    def forward(x, branch="adv", bn="train", grad=True, shares=None, ids=None):
         model.train(bn == "train")
         with torch.set_grad_enabled(grad):
             return model(x)

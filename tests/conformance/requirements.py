@@ -51,14 +51,16 @@ def counted(
     batch, adv = batch_of(20, group=10)
     context = ObjectiveContext(num_classes=CLASSES, seed=0, shared_statistics=shared_statistics)
     built, recorder = objective(section, context), Recorder()
+    batch = built.prepare(batch)
     terms = built.loss(recorder, batch, adv if objective.needs(section).attack == "given" else None)
-    terms.loss.backward()
+    with_graph = [call for call in recorder.calls if call["grad"]]
+    gradients = torch.autograd.grad(terms.loss, [call["logits"] for call in with_graph], allow_unused=True)
+    trains = {id(call) for call, gradient in zip(with_graph, gradients, strict=True) if gradient is not None}
     built.after_step(recorder, batch)
     trained: dict[str, float] = {}
     watched = 0.0
     for call in recorder.calls:
-        gradient = call["logits"].grad if call["grad"] else None
-        if gradient is not None and bool(torch.count_nonzero(gradient)):
+        if id(call) in trains:
             trained[call["branch"]] = trained.get(call["branch"], 0.0) + len(call["x"]) / len(batch)
         else:
             watched += len(call["x"]) / len(batch)

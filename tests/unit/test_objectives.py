@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from distributed_at.errors import ConfigError
-from distributed_at.objectives import OBJECTIVES
+from distributed_at.objectives import OBJECTIVES, Needs, ObjectiveContext, check_declared, perturbed
 from distributed_at.objectives.labels import smooth_labels, smoothed_cross_entropy
 from distributed_at.objectives.mixture import Mixture, kept_count
 from distributed_at.objectives.page import objectives_page
+from distributed_at.objectives.pgd_at import PgdAt
 from distributed_at.planning import make_plan
 from distributed_at.recipes import load_recipe
 from tests.conformance.kit import Recorder, batch_of
@@ -201,3 +202,46 @@ def test_smoothed_cross_entropy_weighs_every_class(form: str) -> None:
     assert found.tolist() == pytest.approx(by_hand, rel=1e-12)  # in the arithmetic of the logits
     plain = smoothed_cross_entropy(logits, torch.tensor([0, 2]), 0.0, form=form)
     assert plain.tolist() == pytest.approx([surprise[0, 0].item(), surprise[1, 2].item()])
+
+
+def test_perturbed_weights_act_on_loss_and_gradient_and_are_bitwise_restored() -> None:
+    torch.manual_seed(0)
+    network, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+    before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    changes = {"weight": torch.full((2, 3), 1e-3) * network.weight.detach().exp()}
+    other = torch.nn.Linear(3, 2)
+    other.load_state_dict({"weight": before["weight"] + changes["weight"], "bias": before["bias"]})
+    with perturbed(network, changes):
+        loss = network(x).tanh().square().sum()
+        loss.backward()
+    other(x).tanh().square().sum().backward()
+    assert torch.equal(network.weight.grad, other.weight.grad)
+    assert all(torch.equal(weight, before[name]) for name, weight in network.named_parameters())
+    with pytest.raises(RuntimeError, match="stop"), perturbed(network, changes):
+        raise RuntimeError("stop")
+    assert torch.equal(network.weight, before["weight"])
+    with pytest.raises(ValueError, match="no parameters"), perturbed(network, {"wieght": x}):
+        pass
+
+
+def test_backward_outside_of_perturbed_weights_is_an_error_not_a_wrong_gradient() -> None:
+    network, x = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)), torch.randn(5, 3)
+    with perturbed(network, {"1.weight": torch.ones(2, 3)}):
+        loss = network(x).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_objective_keeps_what_it_declares() -> None:
+    class Undeclared(PgdAt):
+        def place_tensors(self) -> dict[str, torch.Tensor]:
+            return {"sums": torch.zeros(2)}
+
+    class Lost(PgdAt):
+        @classmethod
+        def needs(cls, config: PgdAt.Config) -> Needs:
+            return Needs(networks=("teacher",), state=True)
+
+    for wrong, said in ((Undeclared, "keeps a state: declare it"), (Lost, r"declares the networks \('teacher',\)")):
+        with pytest.raises(TypeError, match=said):
+            check_declared(wrong(PgdAt.Config(), ObjectiveContext(num_classes=2, seed=0)))
