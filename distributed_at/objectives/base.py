@@ -67,12 +67,15 @@ class Passes:
     Attributes:
         trained: branch -> forwards with a backward through activations and weights; a fraction where a share of the
             batch is used.
+        moving: kinds of images that BN's running statistics see, in this order, which in train mode is part of what an
+            objective means; two kinds in one forward count as both.
         watched: forwards without a backward.
         attacked: forwards with a gradient to the image alone, of an objective that makes its own adversarial images.
         held: images whose activations lie in memory together, for one of the batch; None = all that are trained.
     """
 
     trained: Mapping[BranchName, float]
+    moving: tuple[BranchName, ...]
     watched: float = 0.0
     attacked: float = 0.0
     held: float | None = None
@@ -276,19 +279,19 @@ def perturbed(network: torch.nn.Module, changes: Mapping[str, torch.Tensor]) -> 
 
     A backward through a loss of the changed weights must happen inside.
     """
-    weights = {name: parameter for name, parameter in network.named_parameters() if name in changes}
-    if missing := set(changes) - set(weights):
+    weight_of = {name: parameter for name, parameter in network.named_parameters() if name in changes}
+    if missing := set(changes) - set(weight_of):
         raise ValueError(f"the network has no parameters {sorted(missing)}")
-    kept = {name: weight.detach().clone() for name, weight in weights.items()}
+    kept = {name: weight.detach().clone() for name, weight in weight_of.items()}
     try:
         with torch.no_grad():
             for name, change in changes.items():
-                weights[name].add_(change)
+                weight_of[name].add_(change)
         yield
     finally:
         with torch.no_grad():
             for name, weight in kept.items():
-                weights[name].copy_(weight)
+                weight_of[name].copy_(weight)
 
 
 def check_declared(objective: Objective) -> None:

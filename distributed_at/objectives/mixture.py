@@ -78,7 +78,7 @@ class Mixture(Objective):
 
     @classmethod
     def passes(cls, config: Config) -> Passes:
-        return Passes(trained={"clean": config.clean_ratio, "adv": 1.0})
+        return Passes(trained={"clean": config.clean_ratio, "adv": 1.0}, moving=cls.trains(config))
 
     @classmethod
     def clean_share(cls, config: Config) -> float | None:

@@ -17,6 +17,22 @@ _HEAD = """# Objectives
 
 What one training step minimises. Each is one file in `distributed_at/objectives/`, chosen by `objective.name`; this page
 is written from those files by `python -m distributed_at.objectives.page`. How to add one: [CONTRIBUTING.md](../CONTRIBUTING.md).
+
+An objective declares what it needs, and the step gives it that (`distributed_at/objectives/base.py`):
+
+| it wants | it gives |
+| --- | --- |
+| no attack, the recipe's, or to make its own images within the recipe's ball | `needs`: `attack: none, given, own` |
+| soft targets, or other images than the data's, for attack and loss | `prepare(batch)` |
+| weights changed around a loss and its backward, restored bitwise | `around(...)`, with `perturbed` |
+| something between backward and the optimiser's step | `before_step(...)`; to see the weights' gradients, `needs`: `gradients` (ZeRO stage 0) |
+| a batch for m steps in a row | `needs`: `repeats`; each is an optimiser step, and an epoch has m times as many |
+| a frozen teacher, a companion, a source of transfer | `networks()`; for attacks, their `views` |
+| numbers that the next step needs; a row for each place of the batch | `state_dict()`, `place_tensors()` |
+| whole BN groups on one rank | `needs`: `whole_groups` |
+
+All of it is saved and resumed bitwise. `Batch` says where an image comes from (`origin`), which use of the batch a step is
+(`repeat`) and where its rows lie (`place`).
 """
 _ATTACKS = {"none": "none", "given": "those of the recipe's attack", "own": "its own"}
 
@@ -50,10 +66,12 @@ def _facts(name: str, objective: type[Objective]) -> str:
     if any(info.is_required() for _, info in _own(objective)):
         return ""
     section = objective.Config(name=name)
-    trained = " + ".join(f"{count:g} {branch}" for branch, count in objective.passes(section).trained.items())
+    passes = objective.passes(section)
+    trained = " + ".join(f"{count:g} {branch}" for branch, count in passes.trained.items())
     return (
         f"By default it trains on {' and '.join(objective.trains(section))} images; passes with a backward an image: "
-        f"{trained}; adversarial images: {_ATTACKS[objective.needs(section).attack]}.\n"
+        f"{trained}; adversarial images: {_ATTACKS[objective.needs(section).attack]}; "
+        f"BN's running statistics see {' then '.join(passes.moving) or 'none'}.\n"
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from distributed_at.config.objective import ObjectiveSection
-from distributed_at.objectives.base import Forward, Objective, Passes, Terms, required_adv
+from distributed_at.objectives.base import BranchName, Forward, Objective, Passes, Terms, required_adv
 from distributed_at.objectives.labels import SmoothingForm, smoothed_cross_entropy
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class PgdAt(Objective):
 
     @classmethod
     def passes(cls, config: Config) -> Passes:
-        return Passes(trained={"adv": 1.0}, watched=float(config.bn_clean_updates_per_step))
+        clean: list[BranchName] = ["clean"] * config.bn_clean_updates_per_step
+        return Passes(trained={"adv": 1.0}, moving=("adv", *clean), watched=float(len(clean)))
 
     @classmethod
     def clean_share(cls, config: Config) -> float | None:

@@ -37,7 +37,7 @@ class Standard(Objective):
 
     @classmethod
     def passes(cls, config: Config) -> Passes:
-        return Passes(trained={"clean": 1.0})
+        return Passes(trained={"clean": 1.0}, moving=("clean",))
 
     def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
         """Return the mean loss over the batch's clean images; ``adv`` is not used."""

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from distributed_at.config.objective import ObjectiveSection
 from distributed_at.lazy import F
-from distributed_at.objectives.base import Forward, Objective, Passes, Terms, required_adv
+from distributed_at.objectives.base import BranchName, Forward, Objective, Passes, Terms, required_adv
 from distributed_at.objectives.labels import SmoothingForm, smoothed_cross_entropy
 
 if TYPE_CHECKING:
@@ -51,7 +51,13 @@ class Trades(Objective):
 
     @classmethod
     def passes(cls, config: Config) -> Passes:
-        return Passes(trained={"clean": 2.0 if config.clean_forwards == "twice" else 1.0, "adv": 1.0})
+        order: tuple[BranchName, ...] = (
+            ("clean", "adv") if config.clean_forwards == "once" else ("clean", "adv", "clean")
+        )
+        return Passes(
+            trained={"clean": float(order.count("clean")), "adv": 1.0},
+            moving=order if config.clean_bn == "update" else ("adv",),
+        )
 
     @classmethod
     def refuse(cls, run: RunConfig) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distributed_at.objectives import Objective, ObjectiveContext
+from distributed_at.objectives import Objective, ObjectiveContext, Passes
 from tests.conformance.kit import Recorder, batch_of
 from tests.conformance.networks import CLASSES
 
@@ -43,10 +43,8 @@ def missing(name: str, objective: type[Objective], tests: ModuleType | None, *, 
     return lacks
 
 
-def counted(
-    objective: type[Objective], fields: dict[str, Any], *, shared_statistics: bool
-) -> tuple[dict[str, float], float]:
-    """Return the passes of one step an image, as counted: branch -> forwards with a backward, and forwards without."""
+def counted(objective: type[Objective], fields: dict[str, Any], *, shared_statistics: bool) -> Passes:
+    """Return the passes that one step makes for an image, as counted."""
     section = objective.Config(**fields)
     batch, adv = batch_of(20, group=10)
     context = ObjectiveContext(num_classes=CLASSES, seed=0, shared_statistics=shared_statistics)
@@ -58,13 +56,20 @@ def counted(
     trains = {id(call) for call, gradient in zip(with_graph, gradients, strict=True) if gradient is not None}
     built.after_step(recorder, batch)
     trained: dict[str, float] = {}
-    watched = 0.0
+    watched, moving = 0.0, []
     for call in recorder.calls:
+        if call["bn"] == "train":
+            moving += [kind for kind, own in (("clean", batch.images), ("adv", adv)) if _among(call["x"], own)]
         if id(call) in trains:
             trained[call["branch"]] = trained.get(call["branch"], 0.0) + len(call["x"]) / len(batch)
         else:
             watched += len(call["x"]) / len(batch)
-    return trained, watched
+    return Passes(trained=trained, moving=tuple(moving), watched=watched)
+
+
+def _among(shown: torch.Tensor, images: torch.Tensor) -> bool:
+    """Whether any image of a kind was shown."""
+    return bool((shown[:, None] == images[None]).flatten(2).all(dim=2).any())
 
 
 def names_compared(source: str, attribute: str) -> list[int]:

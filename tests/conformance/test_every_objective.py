@@ -37,17 +37,18 @@ def test_what_is_missing_is_said_in_sentences() -> None:
 def test_declared_passes_are_the_counted_ones(name: str, fields: dict, shared: bool) -> None:
     objective = OBJECTIVES[name]
     passes = objective.passes(objective.Config(**fields))
-    trained, watched = counted(objective, fields, shared_statistics=shared)
-    assert passes.total_trained == pytest.approx(sum(trained.values()))
-    assert passes.watched == pytest.approx(watched)
+    found = counted(objective, fields, shared_statistics=shared)
+    assert passes.total_trained == pytest.approx(found.total_trained)
+    assert passes.watched == pytest.approx(found.watched)
+    assert passes.moving == found.moving
     if not shared:  # with one norm for both, a joint forward goes by one name
-        assert {k: v for k, v in passes.trained.items() if v} == pytest.approx(trained)
+        assert {k: v for k, v in passes.trained.items() if v} == pytest.approx(dict(found.trained))
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=str)
 def test_branches_that_are_trained_are_the_declared_ones(name: str, fields: dict) -> None:
     objective = OBJECTIVES[name]
-    trained, _ = counted(objective, fields, shared_statistics=False)
+    trained = counted(objective, fields, shared_statistics=False).trained
     declared = objective.trains(objective.Config(**fields))
     assert set(declared) == set(trained)
     assert set(declared) <= set(objective.branches)

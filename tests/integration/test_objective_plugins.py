@@ -6,11 +6,14 @@ And what the interface has room for holds: batches used several times, other net
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from distributed_at.batch import Batch
+from distributed_at.engine.checkpoint_tools import read_checkpoint
 from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from distributed_at.observe.record import load_run
 from distributed_at.observe.report.page import _facts
@@ -67,7 +70,7 @@ def test_plugin_is_told_what_it_lacks_and_nothing_else() -> None:
     assert len(lacks) == 2
     assert "no conformance check" in lacks[0]
     assert "no planted fault in mart.py" in lacks[1]
-    assert counted(Mart, {}, shared_statistics=True) == (Mart.passes(Mart.Config()).trained, 0)
+    assert counted(Mart, {}, shared_statistics=True) == Mart.passes(Mart.Config())
 
 
 def test_mart_is_its_papers_loss() -> None:
@@ -140,3 +143,41 @@ def test_other_networks_count_in_memory_and_checkpoints() -> None:
     network = 4 * (alone.statistics.parameters + alone.statistics.buffers)
     assert taught.memory.states - alone.memory.states == 2 * network
     assert taught.checkpoint_bytes - alone.checkpoint_bytes == 2 * network
+
+
+class Watching(Taught):
+    """Notes, before each attack, how far the view of the companion is from the companion, and its weights' change."""
+
+    found: ClassVar[list[tuple[float, float]]] = []
+
+    def prepare(self, batch: Batch) -> Batch:
+        seen = self.views["companion"](batch.images) - self.companion(batch.images)
+        changed = self.companion(batch.images) - self.teacher(batch.images)
+        self.found.append((seen.abs().max().item(), changed.abs().max().item()))
+        return super().prepare(batch)
+
+
+def test_views_of_other_networks_are_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed_at.engine.builder.build_objective", Watching)
+    Watching.found.clear()
+    train(tmp_path, ["objective.name=taught"])
+    assert len(Watching.found) == 9
+    assert max(stale for stale, _ in Watching.found) < 1e-5
+    assert Watching.found[0][1] == 0
+    assert Watching.found[-1][1] > 0.01
+
+
+def test_statistics_of_other_networks_are_saved(tmp_path: Path) -> None:
+    train(tmp_path, ["objective.name=taught"], stop_at=1)
+    saved = [name for name in read_checkpoint(tmp_path)[0] if name.startswith("objective.network.teacher.")]
+    own = [name for name in read_checkpoint(tmp_path)[0] if name.startswith(("model.", "buffer."))]
+    assert len(saved) == len(own)
+    assert any("running_mean" in name for name in saved)
+
+
+def test_own_images_of_an_objective_keep_to_the_ball_of_the_recipe(tmp_path: Path) -> None:
+    train(tmp_path, ["objective.name=free"], stop_at=4)
+    delta = read_checkpoint(tmp_path)[0]["objective.delta"]
+    eps = load_recipe("digits/adversarial").config.attack.eps / 255
+    assert delta.shape == (24, 3, 8, 8)
+    assert delta.abs().max().item() == pytest.approx(eps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutations import data, engine, evaluation, models, observe
+from tests.mutations import data, engine, evaluation, models, objectives, observe
 from tests.mutations.mutation import Mutation
 
 # How many faults each room must have at least; a room is a folder of the package.
@@ -13,4 +13,5 @@ MUTATIONS: tuple[Mutation, ...] = (
     *models.MUTATIONS,
     *data.MUTATIONS,
     *observe.MUTATIONS,
+    *objectives.MUTATIONS,
 )

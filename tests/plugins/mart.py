@@ -29,7 +29,7 @@ class Mart(Objective):
 
     @classmethod
     def passes(cls, config: Config) -> Passes:
-        return Passes(trained={"clean": 1.0, "adv": 1.0})
+        return Passes(trained={"clean": 1.0, "adv": 1.0}, moving=("clean", "adv"))
 
     def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
         clean_logits = forward(batch.images, branch="clean")

@@ -34,7 +34,7 @@ class Free(Objective):
 
     @classmethod
     def passes(cls, config: Config) -> Passes:
-        return Passes(trained={"adv": 1.0})
+        return Passes(trained={"adv": 1.0}, moving=("adv",))
 
     def __init__(self, config: Config, context: ObjectiveContext) -> None:
         super().__init__(config, context)
@@ -78,7 +78,7 @@ class Taught(Objective):
 
     @classmethod
     def passes(cls, config: Config) -> Passes:
-        return Passes(trained={"adv": 1.0})
+        return Passes(trained={"adv": 1.0}, moving=("adv",))
 
     def __init__(self, config: Config, context: ObjectiveContext) -> None:
         super().__init__(config, context)

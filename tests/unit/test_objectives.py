@@ -206,10 +206,10 @@ def test_smoothed_cross_entropy_weighs_every_class(form: str) -> None:
 
 def test_perturbed_weights_act_on_loss_and_gradient_and_are_bitwise_restored() -> None:
     torch.manual_seed(0)
-    network, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+    network, x = torch.nn.Linear(64, 32), torch.randn(5, 64)
     before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
-    changes = {"weight": torch.full((2, 3), 1e-3) * network.weight.detach().exp()}
-    other = torch.nn.Linear(3, 2)
+    changes = {"weight": torch.full((32, 64), 1e-3) * network.weight.detach().exp()}
+    other = torch.nn.Linear(64, 32)
     other.load_state_dict({"weight": before["weight"] + changes["weight"], "bias": before["bias"]})
     with perturbed(network, changes):
         loss = network(x).tanh().square().sum()
