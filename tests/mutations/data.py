@@ -28,7 +28,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "steps of an epoch overlap by one image",
         "data/order.py",
-        "start = step_in_epoch * self.batch_size",
+        "start = self.batch(step_in_epoch) * self.batch_size",
         "start = max(0, step_in_epoch * self.batch_size - 1)",
         _ORDER + "test_an_epoch_shows_each_image_exactly_once",
     ),
