@@ -120,6 +120,15 @@ def _attack(config: RunConfig) -> list[tuple[str, str]]:
                 "keep evaluation.validation with a multi-step attack",
             )
         )
+    trained = OBJECTIVES[config.objective.name].trains(config.objective)
+    if attack.branch == "clean" and len(trained) > 1:
+        found.append(
+            (
+                "attack_on_another_branch",
+                f"attack.branch is clean, but objective '{config.objective.name}' trains on adversarial images through "
+                "the branch adv: they are made against a branch that they do not train",
+            )
+        )
     if attack.bn_mode == "train":
         found.append(
             (

@@ -118,6 +118,12 @@ def test_digits_size_is_what_the_loader_gives():
         ("cifar/bag_of_tricks/base", ["train.select=last"], 1, "robust_overfitting"),
         ("cifar/bag_of_tricks/base", ["attack.num_steps=1", "attack.step_size=10"], 1, "catastrophic_overfitting"),
         ("cifar/bag_of_tricks/base", ["evaluation.final.1.attack.eps=4"], 1, "evaluation_radius"),
+        (
+            XIE,
+            ["model.norm=mbn", "objective.name=trades", "attack.target=none", "attack.branch=clean"],
+            128,
+            "attack_on_another_branch",
+        ),
     ],
 )
 def test_doubtful_settings_are_warned_of(ref, overrides, world_size, code):

@@ -3,6 +3,7 @@
 import pytest
 
 from distributed_at.errors import EXIT_CONFIG, ConfigError
+from distributed_at.objectives import OBJECTIVES
 from distributed_at.recipes import load_recipe
 
 RECIPE = """\
@@ -35,8 +36,8 @@ BAD_LINES = [
     ("  batch_size: 32", "  batch_size: -4", ["bad.yaml:19: train.batch_size: must be greater than 0, got -4"]),
     ("  dataset: digits", "  dataset: cifar11", ["bad.yaml:3: data.dataset: 'cifar11'", "Did you mean 'cifar10'?", "Allowed: digits, cifar10, cifar100, svhn, imagenet"]),
     ("  arch: preact_resnet", "  arch: resent50", ["bad.yaml:6: model.arch: 'resent50'", "Did you mean 'resnet50'?"]),
-    ("objective: {name: pgd_at}", "objective: {name: tradse}", ["bad.yaml:14: objective.name: 'tradse'", "Did you mean 'trades'?", "Allowed: standard, pgd_at, trades, mixture"]),
-    ("objective: {name: pgd_at}", "objective: {beta: 6}", ["bad.yaml:14: objective.name: required", "standard, pgd_at, trades, mixture"]),
+    ("objective: {name: pgd_at}", "objective: {name: tradse}", ["bad.yaml:14: objective.name: 'tradse'", "Did you mean 'trades'?", f"Allowed: {', '.join(OBJECTIVES)}"]),
+    ("objective: {name: pgd_at}", "objective: {beta: 6}", ["bad.yaml:14: objective.name: required", ", ".join(OBJECTIVES)]),
     ("objective: {name: pgd_at}", "objective: {name: trades, bta: 6}", ["bad.yaml:14: objective.bta: unknown key", "value 6", "'objective.beta'", "clean_forwards"]),
     ("  block: basic", "  block: basic\n  blocks: [2]", ["bad.yaml:9: key 'blocks' is given twice (first in line 7)"]),
     ("  epochs: 1", "  epoch: 1", ["bad.yaml:18: train.epoch: unknown key", "'train.epochs'", "train.epochs: required, but not given"]),
