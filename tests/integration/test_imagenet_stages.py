@@ -108,6 +108,16 @@ def test_run_that_was_saved_goes_on_without_its_initial_weights(star_run, tmp_pa
     assert [name for name in expected if not same_bits(expected[name], got[name])] == []
 
 
+def test_bn_only_run_resumed_keeps_the_weights_that_it_does_not_train(star_run, tmp_path):
+    config = tiny(f"train.init_from={star_run}", "train.epochs=1", "train.bn_only=adv", "objective={name: pgd_at}")
+    whole = train(config, tmp_path / "whole")
+    resumed = train(config, cut_back(whole, tmp_path / "half", 4))
+    expected, got = tensors(whole, 8), tensors(resumed, 8)
+    assert expected.keys() == got.keys()
+    assert {f"model.{name}" for name, _ in build_network(config, 10).named_parameters()} <= expected.keys()
+    assert [name for name in expected if not same_bits(expected[name], got[name])] == []
+
+
 def test_weights_files_and_runs_give_the_same_initial_weights(star_run, tmp_path):
     expected = read_weights(star_run)
     for suffix in (".safetensors", ".pt"):

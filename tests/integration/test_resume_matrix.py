@@ -46,6 +46,7 @@ FEATURES = {
     "attack_moves_statistics": ["attack.bn_mode=train"],
     "augmentation": ["data.augment={crop: pad, pad: 1, flip: true}"],
     "nesterov_no_decay_on_norms": ["optimizer.nesterov=true", "optimizer.weight_decay_rule=no_norm_bias"],
+    "rows_across_the_stop": ["log.every_steps=3"],
     "two_clean_updates": ["objective.bn_clean_updates_per_step=2"],
     "early_stopping": [
         "data.validation_size=30",
@@ -69,7 +70,7 @@ SHORT: list[Case] = [
     ("mixture", "mbn", "sgd", "cosine", "none"),
     *(
         ("pgd_at", "bn", "sgd", "cosine", f)
-        for f in ("ema", "freeze_bn_after_the_stop", "early_stopping", "early_stop_later")
+        for f in ("ema", "freeze_bn_after_the_stop", "rows_across_the_stop", "early_stopping", "early_stop_later")
     ),
     ("pgd_at", "bn", "sgd", "piecewise", "none"),
 ]

@@ -185,6 +185,15 @@ def test_all_bad_is_refused_by_name_now_and_at_the_next_start_unless_fresh(tmp_p
         manager(tmp_path).latest_good()
 
 
+def test_a_checkpoint_given_by_its_path_is_verified_before_anything_is_filled(tmp_path):
+    saved(tmp_path, 1)
+    flip(tmp_path / "step_00000001" / DATA)
+    target = state(0)
+    with pytest.raises(CheckpointError, match="does not match its SHA-256"):
+        manager(tmp_path).load(tmp_path / "step_00000001", target)
+    assert all(torch.equal(target[k], v) for k, v in state(0).items())
+
+
 def test_what_does_not_fit_is_named_and_nothing_is_filled(tmp_path):
     saved(tmp_path, 1)
     target = {"model.weight": torch.zeros(3, 4), "model.other": torch.zeros(2), "model.bias": torch.zeros(5).double()}
@@ -204,6 +213,13 @@ def test_retention_keeps_the_newest_the_best_and_one_a_period(tmp_path):
     left = sorted(step for step, _ in files.list_steps(tmp_path))
     assert left == [10, 15, 20, 30, 35, 40]  # epochs 1, best, 2, 3, and the newest two
     assert m.best() == tmp_path / "step_00000015"
+
+
+def test_an_epoch_that_is_a_whole_number_of_periods_begins_one(tmp_path):
+    m = manager(tmp_path, keep=2, keep_every_epochs=0.1)
+    for step in range(2, 12):
+        m.save(step, state(step), {"epoch": step / 20})  # 0.3 / 0.1 is a little less than 3 in floating point
+    assert sorted(step for step, _ in files.list_steps(tmp_path)) == [2, 4, 6, 8, 10, 11]
 
 
 def test_keep_one_is_refused(tmp_path):
@@ -271,6 +287,20 @@ def test_after_a_failure_saves_wait_unless_forced(tmp_path):
     assert m.save(3, state(1), {}, force=True).ok
     assert m.save(4, state(1), {}).ok
     assert [f.get("code") for _, f in events] == ["checkpoint_failed", "checkpoint_postponed", None, None]
+
+
+def test_the_wait_after_a_failed_save_doubles_up_to_a_quarter_of_an_hour_and_begins_anew(tmp_path, monkeypatch):
+    events: list = []
+    m = manager(tmp_path / "run", events, retry_seconds=30.0)
+    monkeypatch.setattr("distributed_at.engine.checkpoint._fresh_folder", lambda path: (tmp_path / "none").read_text())
+    for step in range(7):
+        m.save(step, state(step), {}, force=True)
+    monkeypatch.undo()
+    assert m.save(8, state(8), {}, force=True).ok
+    monkeypatch.setattr("distributed_at.engine.checkpoint._fresh_folder", lambda path: (tmp_path / "none").read_text())
+    m.save(9, state(9), {}, force=True)
+    told = [fields["message"].rpartition("in ")[2] for kind, fields in events if kind == "warning"]
+    assert told == ["30 s", "60 s", "120 s", "240 s", "480 s", "900 s", "900 s", "30 s"]
 
 
 def test_a_failed_save_asks_to_be_repeated_once_its_wait_is_over_and_not_while_one_is_under_way(tmp_path):

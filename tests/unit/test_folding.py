@@ -47,6 +47,12 @@ def test_group_norm_takes_the_relu_behind_it() -> None:
     assert len(fused) == 20
 
 
+def test_fused_group_norm_keeps_the_recipes_eps() -> None:
+    twin = Twin(build(norm="gn", bn_eps=0.25), bn_mode="eval", fuse_group_norm=True)
+    fused = [layer for layer in twin.module.modules() if isinstance(layer, GroupNormReLU)]
+    assert {layer.eps for layer in fused} == {0.25}
+
+
 def test_other_activations_stay_behind_group_norm() -> None:
     twin = Twin(build(norm="gn", activation="silu"), bn_mode="eval", fuse_group_norm=True)
     fused = [layer for layer in twin.module.modules() if isinstance(layer, GroupNormReLU)]

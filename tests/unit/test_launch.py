@@ -9,6 +9,7 @@ import time
 import pytest
 
 from distributed_at.engine.launch import (
+    _wait,
     available_workers,
     check_workers,
     detect_rank,
@@ -16,7 +17,7 @@ from distributed_at.engine.launch import (
     run_workers,
     worker_environment,
 )
-from distributed_at.errors import ConfigError
+from distributed_at.errors import EXIT_HANG, ConfigError
 
 SLURM = {
     "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_ID": "0",
@@ -57,7 +58,7 @@ def test_torchrun_inside_an_allocation_wins_over_slurm():
 
 def test_local_rank_is_not_the_rank():
     rank = detect_rank({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"})
-    assert rank.local_rank == 1
+    assert (rank.rank, rank.local_rank) == (9, 1)
 
 
 def test_auto_uses_what_slurm_gave():
@@ -79,6 +80,31 @@ def test_the_exit_code_of_a_failing_rank_is_the_run_s(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_workers(["eval", "nothing-here"], 2, tmp_path / "log") == 2
     assert "no run folder" in (tmp_path / "log" / "rank0001.txt").read_text()
+
+
+class Ended:
+    """A worker that has left with a code."""
+
+    def __init__(self, code: int) -> None:
+        self.returncode = code
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([0, 0], 0),
+        ([0, 2, 0], 2),
+        ([EXIT_HANG, 4, EXIT_HANG], 4),  # the others lost the rank that says what was wrong
+        ([EXIT_HANG, -9], EXIT_HANG),  # killed: the one that noticed says more
+        ([-9, -15], 128 + 9),
+        ([85, 85], 85),
+    ],
+)
+def test_the_code_of_several_failing_ranks_is_the_one_that_explains_most(codes, expected):
+    assert _wait([Ended(code) for code in codes]) == expected
 
 
 def test_an_ended_launcher_leaves_no_worker(tmp_path):

@@ -47,7 +47,7 @@ def _race(folder: str, start: float, results) -> None:
     try:
         RunLock(folder).acquire()
         results.put(True)
-        time.sleep(1.5)
+        time.sleep(600)  # until it is killed: the last racer may come late
     except LockedError:
         results.put(False)
 
@@ -65,7 +65,7 @@ def test_of_racing_jobs_exactly_one_wins(tmp_path, stale):
         racers = [context.Process(target=_race, args=(str(folder), start, results)) for _ in range(8)]
         for racer in racers:
             racer.start()
-        won = [results.get(timeout=20) for _ in racers]
+        won = [results.get(timeout=120) for _ in racers]
         for racer in racers:
             racer.kill()
             racer.join()
@@ -79,6 +79,22 @@ def test_dead_process_on_this_host_and_reused_pid_are_stale(tmp_path):
     plant(tmp_path, started="1")  # our pid, but of an earlier process
     with RunLock(tmp_path):
         pass
+
+
+def test_process_of_another_container_on_this_host_is_judged_by_its_heartbeat(tmp_path):
+    """Containers do not see each other's processes, so a process that cannot be seen may live."""
+    plant(tmp_path, namespace="pid:[1]", pid=dead_pid())
+    with pytest.raises(LockedError):
+        RunLock(tmp_path).acquire()
+    os.utime(tmp_path / "lock", (time.time() - 1000, time.time() - 1000))
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_rebooted_host_has_no_old_processes(tmp_path):
+    plant(tmp_path, boot="before")
+    with RunLock(tmp_path) as lock:
+        assert "its host was rebooted" in lock.took_over
 
 
 def test_live_process_is_never_stale_however_old_its_heartbeat(tmp_path):
