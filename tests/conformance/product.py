@@ -1,4 +1,4 @@
-"""What is checked: the attacks, objectives and loops of the package, or a copy of them with one planted mutation.
+"""What is checked: the attacks and objectives of the package, or a copy of them with one planted mutation.
 
 A mutated copy is written as a package of its own from the real sources, so that the checks see the code that ships,
 differing by one edit.
@@ -14,7 +14,6 @@ from types import ModuleType
 
 import distributed_at.attacks
 import distributed_at.objectives
-from tests.conformance import loops
 
 _FOLDERS = {
     "attacks": Path(distributed_at.attacks.__file__).parent,
@@ -28,7 +27,6 @@ class Product:
 
     attacks: ModuleType
     objectives: ModuleType
-    loops: ModuleType
     fused: bool = False
 
     def pgd(self, norm: str = "linf", eps: float = 8 / 255, **options):
@@ -39,16 +37,16 @@ class Product:
         return self.attacks.PGD(threat=self.attacks.Threat(norm, eps), **options)
 
 
-REAL = Product(distributed_at.attacks, distributed_at.objectives, loops)
-FUSED = Product(distributed_at.attacks, distributed_at.objectives, loops, fused=True)
+REAL = Product(distributed_at.attacks, distributed_at.objectives)
+FUSED = Product(distributed_at.attacks, distributed_at.objectives, fused=True)
 
 
 @dataclass(frozen=True)
 class Mutation:
     """One bug, planted by replacing ``old`` (which must occur exactly once) by ``new`` in a file.
 
-    ``file`` is relative to the package ("attacks/pgd.py", "objectives/trades.py") or "loops.py"; ``caught_by`` is the
-    check that must fail.
+    ``file`` is relative to the package ("attacks/pgd.py", "objectives/trades.py"); ``caught_by`` is the check that must
+    fail.
     """
 
     name: str
@@ -63,7 +61,6 @@ def mutated(mutation: Mutation, folder: Path, number: int) -> Product:
     root = f"mutant_{number}"
     home = folder / root
     sources = {f"{part}/{p.name}": p for part, path in _FOLDERS.items() for p in path.glob("*.py")}
-    sources["loops.py"] = Path(loops.__file__)
     (home).mkdir(parents=True)
     (home / "__init__.py").write_text("")
     for name, source in sources.items():
@@ -81,6 +78,6 @@ def mutated(mutation: Mutation, folder: Path, number: int) -> Product:
     sys.path.insert(0, str(folder))
     try:
         importlib.invalidate_caches()
-        return Product(*(importlib.import_module(f"{root}.{part}") for part in ("attacks", "objectives", "loops")))
+        return Product(*(importlib.import_module(f"{root}.{part}") for part in _FOLDERS))
     finally:
         sys.path.remove(str(folder))

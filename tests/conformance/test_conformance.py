@@ -1,14 +1,14 @@
-"""Our attacks, objectives and loops keep every promise of the suite."""
+"""Our attacks and objectives keep every promise of the suite."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.conformance import checks_attack, checks_loops, checks_objectives, checks_start
+from tests.conformance import checks_attack, checks_objectives, checks_start
 from tests.conformance.objectives import MODULES as OBJECTIVE_MODULES
 from tests.conformance.product import FUSED, REAL
 
-MODULES = (checks_attack, checks_start, checks_objectives, checks_loops, *OBJECTIVE_MODULES)
+MODULES = (checks_attack, checks_start, checks_objectives, *OBJECTIVE_MODULES)
 CHECKS = {check.__name__: check for module in MODULES for check in module.CHECKS}
 
 

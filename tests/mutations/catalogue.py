@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from tests.mutations import data, engine, evaluation, models, objectives, observe
+from tests.mutations import (
+    data,
+    engine,
+    engine_files,
+    engine_state,
+    evaluation,
+    models,
+    objectives,
+    observe,
+    whole_runs,
+)
 from tests.mutations.mutation import Mutation
 
 # How many faults each room must have at least; a room is a folder of the package.
-LEAST = {"engine": 0, "evaluation": 0, "models": 20, "data": 30, "observe": 30}
+LEAST = {"engine": 75, "evaluation": 0, "models": 20, "data": 30, "observe": 30}
 MUTATIONS: tuple[Mutation, ...] = (
     *engine.MUTATIONS,
+    *engine_state.MUTATIONS,
+    *engine_files.MUTATIONS,
     *evaluation.MUTATIONS,
     *models.MUTATIONS,
     *data.MUTATIONS,
     *observe.MUTATIONS,
     *objectives.MUTATIONS,
+    *whole_runs.MUTATIONS,
 )

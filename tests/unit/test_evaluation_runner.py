@@ -242,6 +242,15 @@ def test_a_protocol_of_other_weights_or_samples_is_refused(model) -> None:
         evaluate(model, source(size=11), protocol)
 
 
+def test_a_whole_split_is_every_image_however_many_and_every_row_is_kept(model, tmp_path: Path) -> None:
+    data = source(size=1203)
+    result = evaluate(model, data, EvalAttackConfig(kind="clean"), folder=tmp_path, batch_size=500)
+    np.testing.assert_array_equal(result.rows.sample_id, np.sort(data.sample_ids))
+    assert result.total == 1203
+    kept = Ledger.open(tmp_path / result.protocol.folder_name, result.protocol).read()
+    assert_same_rows(kept.by_id(), result.rows)
+
+
 def test_fewer_samples_are_drawn_over_the_whole_split_and_always_the_same() -> None:
     data = source(size=100)
     ids = evaluation_ids(data, 20)
