@@ -60,6 +60,7 @@ class Parts:
     total_steps: int
     initial_weights: dict[str, Any] | None = None
     twin_check: TwinCheck | None = None
+    view_checks: tuple[TwinCheck, ...] = ()
 
     @property
     def skips_nonfinite(self) -> bool:
@@ -230,6 +231,7 @@ def build_parts(
     engine = TrainingEngine(module, optimizer, plan=plan, parallel=config.parallel, train=config.train, world=world)
     attack = twin = iteration = twin_check = None
     views: dict[str, Twin] = {}
+    view_checks: tuple[TwinCheck, ...] = ()
     if config.attack is not None and needs.attack == "given":
         attack = PGD.from_config(config.attack, num_classes=num_classes)
         # after the engine exists: DeepSpeed may have moved the parameters' storage
@@ -247,6 +249,12 @@ def build_parts(
             name: Twin(network, bn_mode="eval", branch=config.attack.branch, dtype=config.attack.dtype)
             for name, network in objective.networks().items()
         }
+        if wanted():
+            in_eval = config.attack.model_copy(update={"bn_mode": "eval"})
+            view_checks = tuple(
+                TwinCheck(copy.deepcopy(network), network, views[name], in_eval, name=f"the {name}")
+                for name, network in objective.networks().items()
+            )
     return Parts(
         config=config,
         world=world,
@@ -265,4 +273,5 @@ def build_parts(
         total_steps=total_steps(config.train.epochs, order.steps_per_epoch),
         initial_weights=initial_weights,
         twin_check=twin_check,
+        view_checks=view_checks,
     )

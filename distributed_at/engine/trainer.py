@@ -154,6 +154,8 @@ class Trainer:
         if not passed_over:
             with self._clock.section("attack"):
                 p.refresh_views()
+                for check in p.view_checks:
+                    check.compare(step, micros[0].batch)
             micros = [replace(micro, batch=p.objective.prepare(micro.batch)) for micro in micros]
         done = [] if passed_over else [self._micro_step(index, micro, step) for index, micro in enumerate(micros)]
         with self._clock.section("communication"):

@@ -48,7 +48,7 @@ BOUNDS = {"fp32": Bounds(1e-4, 1e-3), "bf16": Bounds(0.1, 0.5), "fp16": Bounds(0
 
 
 class TwinMismatchError(RuntimeError):
-    """The attack's network is not the live one.
+    """What an attack, or an objective, sees of a network is not that network.
 
     Attributes:
         step: optimiser steps done.
@@ -56,9 +56,9 @@ class TwinMismatchError(RuntimeError):
         difference: how much; ``bound`` is what rounding explains.
     """
 
-    def __init__(self, step: int, what: str, difference: float, bound: float) -> None:
+    def __init__(self, step: int, what: str, difference: float, bound: float, name: str = "the network") -> None:
         super().__init__(
-            f"step {step}: the attack's network is not the live one: {what} differs by {difference:.3g}, "
+            f"step {step}: {name} is not to the attack what it is: {what} differs by {difference:.3g}, "
             f"rounding explains {bound:.3g} ({VARIABLE})"
         )
         self.step, self.what, self.difference, self.bound = step, what, difference, bound
@@ -81,20 +81,27 @@ class TwinCheck:
         twin: what attacks it.
         attack: the recipe's, which says what the twin has to be.
         group_size: of the attack's batch statistics; None = whole batches.
+        name: of the network, for the error.
 
     Attributes:
         count: comparisons made.
     """
 
     def __init__(
-        self, spare: nn.Module, live: nn.Module, twin: Twin, attack: AttackConfig, group_size: int | None
+        self,
+        spare: nn.Module,
+        live: nn.Module,
+        twin: Twin,
+        attack: AttackConfig,
+        group_size: int | None = None,
+        name: str = "the network",
     ) -> None:
         self._spare, self._live, self._twin = spare.requires_grad_(False).eval(), live, twin
         set_bn_mode(spare, attack.bn_mode)
         set_branch(spare, attack.branch)
         if group_size is not None:
             set_group_size(spare, group_size)
-        self._branch, self._bn_mode = attack.branch, attack.bn_mode
+        self._branch, self._bn_mode, self._name = attack.branch, attack.bn_mode, name
         self._dtype = DTYPES[attack.dtype]
         self._bounds = BOUNDS[attack.dtype]
         self._behind: dict[str, str] | None = None
@@ -128,7 +135,7 @@ class TwinCheck:
         self._judge_logits(step, images, found, logits)
         error = _relative(found_gradient.flatten(1), gradient.flatten(1)).median().item() if len(images) else 0.0
         if not error <= self._bounds.gradient:
-            raise TwinMismatchError(step, "the input gradient", error, self._bounds.gradient)
+            raise self._mismatch(step, "the input gradient", error, self._bounds.gradient)
         self.count += 1
 
     def watching(self, step: int, iteration: Iteration) -> Iteration:
@@ -144,6 +151,9 @@ class TwinCheck:
 
         return watched
 
+    def _mismatch(self, step: int, what: str, difference: float, bound: float) -> TwinMismatchError:
+        return TwinMismatchError(step, what, difference, bound, self._name)
+
     def _reference(self, x: torch.Tensor) -> torch.Tensor:
         return self._spare(x)
 
@@ -154,7 +164,7 @@ class TwinCheck:
         for name, before in self._left.items():
             if not torch.equal(now[name], before):
                 what = f"{name}, written to since the step,"
-                raise TwinMismatchError(step, what, _largest(now[name], before), 0.0)
+                raise self._mismatch(step, what, _largest(now[name], before), 0.0)
 
     def _tensors(self, step: int) -> None:
         live = {**dict(self._spare.named_parameters()), **dict(self._spare.named_buffers())}
@@ -171,18 +181,18 @@ class TwinCheck:
                 outside = (found < low.to(found.dtype)) | (found > high.to(found.dtype)) | ~torch.isfinite(found)
                 if bool(outside.any()):
                     bound = _largest(high.to(found.dtype), low.to(found.dtype))
-                    raise TwinMismatchError(step, f"{name}, folded with {norm},", _largest(found, exact), bound)
+                    raise self._mismatch(step, f"{name}, folded with {norm},", _largest(found, exact), bound)
                 continue
             expected = live.get(name, live.get(f"{layer}.{self._branch}.{leaf}"))
             if expected is None or not torch.equal(found, expected.to(found.dtype)):
                 difference = torch.inf if expected is None else _largest(found, expected.to(found.dtype))
-                raise TwinMismatchError(step, name, difference, 0.0)
+                raise self._mismatch(step, name, difference, 0.0)
 
     def _judge_logits(self, step: int, images: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> None:
         error = _relative(found.flatten(), expected.flatten()).item() if found.numel() else 0.0
         if not error <= self._bounds.logits:
             layer = self._first_layer(images)
-            raise TwinMismatchError(step, f"the logits (from {layer} on)", error, self._bounds.logits)
+            raise self._mismatch(step, f"the logits (from {layer} on)", error, self._bounds.logits)
 
     def _first_layer(self, images: torch.Tensor) -> str:
         """Return the first layer whose output differs by more than rounding, in the order in which layers run."""

@@ -19,12 +19,15 @@ import torch
 from distributed_at.engine import compiled_attack, folding, twin_check
 from distributed_at.engine.averaging import WeightAverage
 from distributed_at.engine.buffers import BufferMerger
+from distributed_at.engine.builder import Parts
 from distributed_at.engine.parallel import TrainingEngine
 from distributed_at.engine.twin import Twin
 from distributed_at.engine.twin_check import TwinCheck, TwinMismatchError
 from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from distributed_at.objectives.pgd_at import PgdAt
 from tests.distributed.launch import run_ranks
+from tests.plugins import registered
+from tests.plugins.rooms import Taught
 from tests.training_kit import state_digest, train
 
 STEPS = 9
@@ -270,6 +273,18 @@ def test_a_network_wired_otherwise_is_caught_and_the_first_layer_named(tmp_path:
     with mock.patch("distributed_at.engine.twin.rewrite", without_first_relu):
         error = caught(tmp_path, [*FOLDED, *AT_ONCE], at=0)
     assert error.what.startswith("the logits (from maxpool on)")
+
+
+def test_the_views_of_an_objectives_other_networks_are_compared_too(tmp_path: Path) -> None:
+    """A companion that follows the trained network, and a teacher that stands still."""
+    words = [*FOLDED, *CAST, *AT_ONCE, "objective.name=taught"]
+    with registered(Taught):
+        with compared() as steps:
+            assert train(tmp_path / "fresh", words) == EXIT_OK
+        assert steps == [step for step in range(STEPS) for _ in ("teacher", "companion", "network")]
+        with mock.patch.object(Parts, "refresh_views", lambda self: self.twin.refresh()):
+            error = caught(tmp_path, words, at=2)  # it follows the weights that step 0 began with
+    assert str(error).startswith("step 2: the companion is not to the attack what it is: conv1.weight, folded with bn1")
 
 
 def test_a_word_that_is_not_on_or_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
