@@ -6,6 +6,7 @@ from tests.mutations import (
     data,
     engine,
     engine_files,
+    engine_rates,
     engine_state,
     evaluation,
     models,
@@ -16,9 +17,10 @@ from tests.mutations import (
 from tests.mutations.mutation import Mutation
 
 # How many faults each room must have at least; a room is a folder of the package.
-LEAST = {"engine": 75, "evaluation": 0, "models": 20, "data": 30, "observe": 30}
+LEAST = {"engine": 135, "evaluation": 0, "models": 20, "data": 30, "observe": 30}
 MUTATIONS: tuple[Mutation, ...] = (
     *engine.MUTATIONS,
+    *engine_rates.MUTATIONS,
     *engine_state.MUTATIONS,
     *engine_files.MUTATIONS,
     *evaluation.MUTATIONS,

@@ -191,4 +191,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         "nn.LeakyReLU()",
         "tests/unit/test_models.py::test_activation_has_its_parameter",
     ),
+    Mutation(
+        "the rule 'all' spares norms and biases",
+        "models/parameters.py",
+        'if rule == "all":\n            decays = True',
+        'if rule == "all":\n            decays = id(parameter) in kernels',
+        "tests/reference/test_reference_run.py::test_product_trains_what_the_reference_trains[pgd_at-1x1]",
+    ),
 )

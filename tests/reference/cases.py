@@ -75,7 +75,7 @@ CASES: dict[str, Case] = {
         (
             "schedule={name: piecewise, milestones: [1, 1.6], boundary: last_iteration, warmup_epochs: 0.7, warmup_form: overshoot}",
             "objective={name: pgd_at, label_smoothing: 0.2, label_smoothing_form: other_classes, bn_clean_updates_per_step: 2}",
-            "attack={bn_mode: train, eps_warmup_epochs: 1.2, eps_warmup_form: overshoot}",
+            "attack={bn_mode: train, eps_warmup_epochs: 1, eps_warmup_form: overshoot}",
             "optimizer.weight_decay_rule=all",
             "seed=3",
         )
@@ -195,7 +195,12 @@ CASES: dict[str, Case] = {
     "without DeepSpeed": Case(("optimizer.nesterov=true",), worlds=((1, 1), (1, 2)), deepspeed=False),
     "linf in float32": Case(("train.epochs=1.34",), double=False),
     "l2 in float32": Case(
-        ("attack={norm: l2, eps: 128, step_size: 60}", "parallel.zero_stage=2", "objective={name: trades}"),
+        (
+            "attack={norm: l2, eps: 128, step_size: 60}",
+            "parallel.zero_stage=2",
+            "objective={name: trades}",
+            "train.epochs=1.6",
+        ),
         double=False,
     ),
 }
