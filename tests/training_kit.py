@@ -18,7 +18,7 @@ import torch
 from distributed_at.attacks.pgd import PGD
 from distributed_at.attacks.threat import Threat
 from distributed_at.engine.checkpoint_tools import read_checkpoint
-from distributed_at.engine.parallel import World, initialise_world, shutdown_world
+from distributed_at.engine.parallel import World, import_deepspeed, initialise_world, shutdown_world
 from distributed_at.engine.run import run_training
 from distributed_at.engine.runfolder import RunFolder
 from distributed_at.observe.events import read_events
@@ -75,6 +75,7 @@ def _one_world(timeout_seconds: float = 60.0) -> World:
     with mock.patch.dict(
         os.environ
     ):  # a lone worker leaves its rank there, where others would take it for a launcher's
+        import_deepspeed()
         world = initialise_world(timeout_seconds)
     atexit.register(shutdown_world)
     return world

@@ -13,6 +13,9 @@ from distributed_at.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from distributed_at.config import EvalAttackConfig, RunConfig
+    from distributed_at.engine.parallel import World
+    from distributed_at.engine.runfolder import RunFolder
+    from distributed_at.engine.watchdog import Watchdog
 
 EVALUATION_KEYS = ("evaluation.", "data.path", "data.backend", "data.limit_test", "data.num_threads")
 
@@ -106,22 +109,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _work(args: argparse.Namespace, root: Path, config: RunConfig, protocols: list[EvalAttackConfig]) -> int:
-    from distributed_at.data.sources import open_split
-    from distributed_at.engine.builder import num_classes_of
-    from distributed_at.engine.checkpoint import CheckpointManager
     from distributed_at.engine.parallel import initialise_world, shutdown_world
     from distributed_at.engine.runfolder import RunFolder
     from distributed_at.engine.watchdog import Watchdog, section_timeouts
+
+    folder = RunFolder(root)
+    world = initialise_world(config.parallel.timeout_seconds)
+    watchdog = Watchdog(folder.logs, rank=world.rank, timeouts=section_timeouts(config.parallel.timeout_seconds))
+    together = False
+    try:
+        _evaluate(args, folder, config, protocols, world, watchdog)
+        together = True
+    finally:
+        watchdog.close()
+        shutdown_world(together=together)
+    return 0
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    folder: RunFolder,
+    config: RunConfig,
+    protocols: list[EvalAttackConfig],
+    world: World,
+    watchdog: Watchdog,
+) -> None:
+    from distributed_at.data.sources import open_split
+    from distributed_at.engine.builder import num_classes_of
+    from distributed_at.engine.checkpoint import CheckpointManager
     from distributed_at.engine.weights import find_checkpoint, load_network
     from distributed_at.evaluation import EvaluationResult, evaluate_entry, judge
     from distributed_at.evaluation.examples import save_examples
     from distributed_at.observe.tables import evaluation_rows, table, worst_case_rows
 
-    folder = RunFolder(root)
-    world = initialise_world(config.parallel.timeout_seconds)
-    watchdog = Watchdog(folder.logs, rank=world.rank, timeouts=section_timeouts(config.parallel.timeout_seconds))
-    try:
-        source = open_split(config.data, args.split, seed=config.seed)
+    with open_split(config.data, args.split, seed=config.seed) as source:
         manager = CheckpointManager(folder.checkpoints)
         path = find_checkpoint(folder, manager, args.checkpoint, config)
         network = load_network(config, manager, path, num_classes=num_classes_of(config, source)).to(world.device)
@@ -145,26 +166,17 @@ def _work(args: argparse.Namespace, root: Path, config: RunConfig, protocols: li
             for result in results if world.is_main else ():
                 branch = f" ({result.protocol.branch})" if config.model.norm == "mbn" else ""
                 say(f"  {result.protocol.name}{branch}: {result.correct}/{result.total} in {result.seconds:.1f} s")
-        if world.is_main:
-            attacked = next((w for w in protocols if w.kind == "pgd"), None)
-            if attacked is not None and attacked.attack is not None:
-                save_examples(
-                    folder.root / "examples.npz",
-                    network,
-                    source,
-                    attacked.attack,
-                    seed=config.seed,
-                    device=world.device,
-                )
-            rows = [*evaluation_rows(folder.root), *worst_case_rows(config.name, everything)]
-            verdicts = judge(everything)
-            if args.json:
-                print_json({"rows": rows, "verdicts": [asdict(verdict) for verdict in verdicts]})
-            else:
-                print_table(table(rows, title=config.name))
-                for verdict in verdicts:
-                    print(f"suspicious [{verdict.code}]: {verdict.message}")
-    finally:
-        watchdog.close()
-        shutdown_world()
-    return 0
+        if not world.is_main:
+            return
+        attacked = next((w for w in protocols if w.kind == "pgd"), None)
+        if attacked is not None and attacked.attack is not None:
+            examples = folder.root / "examples.npz"
+            save_examples(examples, network, source, attacked.attack, seed=config.seed, device=world.device)
+    rows = [*evaluation_rows(folder.root), *worst_case_rows(config.name, everything)]
+    verdicts = judge(everything)
+    if args.json:
+        print_json({"rows": rows, "verdicts": [asdict(verdict) for verdict in verdicts]})
+    else:
+        print_table(table(rows, title=config.name))
+        for verdict in verdicts:
+            print(f"suspicious [{verdict.code}]: {verdict.message}")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -23,6 +25,7 @@ from distributed_at.config import ParallelConfig, TrainConfig
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.launch import detect_rank, export_rendezvous
 from distributed_at.errors import ConfigError
+from distributed_at.groups import forget_groups
 from distributed_at.models.branches import on_branch
 from distributed_at.models.norm import group_shares, set_bn_mode
 
@@ -42,6 +45,18 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed, where it is installed, while there is no process group yet.
+
+    Its functions have the default group for a default argument: imported later, they would keep it to the process's end.
+    """
+    if dist.is_initialized() or not deepspeed_available():
+        return
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it asks when it is imported
+    importlib.import_module("deepspeed")
 
 
 def initialise_world(timeout_seconds: float = 1800.0) -> World:
@@ -68,7 +83,10 @@ def initialise_world(timeout_seconds: float = 1800.0) -> World:
 
 
 def shutdown_world(*, together: bool = True) -> None:
-    """Leave the process group; without it gloo aborts at exit and a finished job looks failed.
+    """End every process group and its threads; a process that ends with one may abort, and its finished job looks failed.
+
+    A group lives as long as something holds it: call this where the caller's own frames hold no engine, no network with
+    groups in its BN layers and no checkpoint manager any more.
 
     ``together``: all ranks come here, so they wait for each other. After a failure of this rank alone nobody is waited
     for, and NCCL's communicator is left to the process's end, because taking it down can block.
@@ -80,8 +98,12 @@ def shutdown_world(*, together: bool = True) -> None:
             dist.barrier()
     elif "nccl" in str(dist.get_backend_config()):
         return
+    comm = sys.modules.get("deepspeed.comm")
     with contextlib.suppress(RuntimeError):
-        dist.destroy_process_group()
+        # DeepSpeed's own call also lets go of the groups that DeepSpeed made
+        (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
+    forget_groups()
+    gc.collect()  # an engine and what surrounds it point to one another
 
 
 def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
@@ -246,6 +268,11 @@ class TrainingEngine:
 
     def step(self) -> None:
         self.engine.step()
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the parameters; they would keep the engine and its process groups alive."""
+        if hasattr(self.engine, "destroy"):
+            self.engine.destroy()
 
 
 def _wrap(

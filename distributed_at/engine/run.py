@@ -14,7 +14,7 @@ from distributed_at.engine.builder import build_parts
 from distributed_at.engine.checkpoint import CheckpointManager
 from distributed_at.engine.failures import lost_rank, rank_and_host, what_was_lost, write_failure
 from distributed_at.engine.notes import Notes
-from distributed_at.engine.parallel import World, initialise_world, shutdown_world
+from distributed_at.engine.parallel import World, import_deepspeed, initialise_world, shutdown_world
 from distributed_at.engine.preemption import start_listening
 from distributed_at.engine.resume import Checkpoints
 from distributed_at.engine.runfolder import RunFolder
@@ -34,6 +34,7 @@ def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, q
     """Train on this rank; return the exit code that every rank ends with."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     stop = start_listening()  # a long set-up must be stoppable too
+    import_deepspeed()
     world = initialise_world(config.parallel.timeout_seconds)
     lock: RunLock | None = None
     events: EventLog | None = None
@@ -172,6 +173,8 @@ def _train(
         notes=notes,
     )
     try:
-        return trainer.run()
+        outcome = trainer.run()
     finally:
         manager.close()
+    parts.engine.close()  # not after a failure: on a GPU it waits for what may never end
+    return outcome

@@ -7,15 +7,14 @@ any collective may take, and is not hung as long as the other gets on.
 from __future__ import annotations
 
 import datetime
-import functools
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from distributed_at.evaluation.sharding import Shard
+from distributed_at.groups import shared_group
 
 _TOLD_EVERY = 1.0  # seconds between two signs of life to the other ranks
 _LOOKED_EVERY = 0.25  # seconds
@@ -23,18 +22,12 @@ _PATIENCE = datetime.timedelta(days=365)  # a rank that is gone is noticed at on
 _COUNTER = "distributed_at/evaluation/pulse"
 
 
-@functools.lru_cache(maxsize=1)
-def _patient_group(world: Any) -> Any:
-    """A gloo group of all ranks whose collectives wait; one for each default group, which is the key."""
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
-
-
 class Pulse:
     """Signs of life of one evaluation. ``alive`` is called wherever this rank or one that it waits for gets on."""
 
     def __init__(self, shard: Shard, alive: Callable[[], None]) -> None:
         self._alive = alive
-        self._group = _patient_group(dist.group.WORLD) if shard.connected else None
+        self._group = shared_group("evaluation/pulse", _PATIENCE) if shard.connected else None
         # torch has no public name for the store that every rank met at; its own checkpoints use this one too
         self._store = dist.distributed_c10d._get_default_store() if shard.connected else None
         self._told = 0.0
@@ -51,7 +44,8 @@ class Pulse:
         """Wait until every rank has come here. RuntimeError where one is gone."""
         if self._store is None:
             return
-        meeting = dist.all_reduce(torch.zeros(1), group=self._group, async_op=True)
+        sign = torch.zeros(1)
+        meeting = dist.all_reduce(sign, group=self._group, async_op=True)
         heard = self._store.add(_COUNTER, 0)
         pause = 0.001
         while not meeting.is_completed():

@@ -111,6 +111,7 @@ def _entry(rank: int, world: int, folder: str, function: Callable[..., Any], arg
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
+    os._exit(0)  # the engines made by hand above hold their process groups, whose threads must not see the end
 
 
 def run(folder: Path, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from distributed_at.engine.launch import free_port
+from distributed_at.engine.parallel import shutdown_world
 
 
 def _enter(
@@ -36,8 +36,7 @@ def _enter(
         (Path(out) / f"{rank}.error").write_text(traceback.format_exc())
         raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        shutdown_world(together=False)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

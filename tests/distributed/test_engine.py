@@ -36,6 +36,7 @@ def optimizer_of(module):
 
 def train(stage: int, micro: int | None, use_deepspeed: bool) -> dict[str, torch.Tensor]:
     """Train for a few steps on counters' images with a large update (no silent clipping may pass)."""
+    parallel.import_deepspeed()
     world = parallel.initialise_world()
     if not use_deepspeed:
         parallel.deepspeed_available = lambda: False
