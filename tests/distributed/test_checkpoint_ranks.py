@@ -133,7 +133,7 @@ from tests.distributed.test_checkpoint_ranks import CheckpointManager, shard, wh
 root, meeting, rank, world = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=world)
-manager = CheckpointManager(root, timeout_seconds=20)
+manager = CheckpointManager(root)
 path, step = manager.latest_good(), 0
 if path is not None:
     state = {"split": shard(torch.zeros(30_011))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ def differing_weights() -> str:
 
 
 def two_ranks(folder: str) -> dict:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo")
     return {
         "all": everything(folder + "/all", 6),
         "stopped": stop_half_way(folder + "/stopped"),
@@ -108,7 +107,7 @@ def two_ranks(folder: str) -> dict:
 
 
 def three_ranks(folder: str) -> dict:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo")
     return {"all": everything(None, 9), "resumed": resume(folder + "/stopped")}
 
 

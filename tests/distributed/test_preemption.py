@@ -13,42 +13,45 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from distributed_at.engine.preemption import STOP_SIGNALS
+from tests.patience import LONGEST, Stuck, end_of, wait_until
 
 PROGRAM = """
 import sys, time
 from distributed_at.engine import preemption
 preemption.prepare_process()
-listener = preemption.start_listening(grace_seconds=1.0)
+listener = preemption.start_listening(grace_seconds=float(sys.argv[1]))
 print("ready", flush=True)
 while not preemption.stop_requested():
     time.sleep(0.01)
 print("heard", listener.requested, flush=True)
-time.sleep(float(sys.argv[1]))
+sys.stdin.read()  # until the test has sent what it sends
 print("saved", flush=True)
 sys.exit(85)
 """
 
 
-def start(linger: float) -> subprocess.Popen:
-    child = subprocess.Popen([sys.executable, "-c", PROGRAM, str(linger)], stdout=subprocess.PIPE, text=True)
+def start(grace: float) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM, str(grace)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ready\n"
     return child
 
 
 def test_usr1_storm_and_repeated_term_within_the_grace_are_one_request():
-    child = start(0.7)
+    child = start(LONGEST)
     child.send_signal(signal.SIGTERM)
-    time.sleep(0.1)  # of signals that wait together the kernel hands over the lowest first
+    assert child.stdout.readline() == "heard SIGTERM\n"
     for _ in range(20):
         child.send_signal(signal.SIGUSR1)
         child.send_signal(signal.SIGTERM)
         time.sleep(0.01)
-    assert child.stdout.read() == "heard SIGTERM\nsaved\n"
-    assert child.wait(10) == 85
+    child.stdin.close()
+    assert child.stdout.read() == "saved\n"
+    assert end_of(child) == 85
 
 
 def test_second_term_after_the_grace_leaves_at_once():
-    child = start(30)
+    child = start(1.0)
     child.send_signal(signal.SIGUSR1)
     assert child.stdout.readline() == "heard SIGUSR1\n"
     time.sleep(1.2)
@@ -56,7 +59,7 @@ def test_second_term_after_the_grace_leaves_at_once():
     time.sleep(0.2)
     assert child.poll() is None  # USR1 never insists
     child.send_signal(signal.SIGTERM)
-    assert child.wait(5) == 143
+    assert end_of(child) == 143
     assert child.stdout.read() == ""
 
 
@@ -64,8 +67,8 @@ PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c",
     "from distributed_at.engine.preemption import prepare_process; prepare_process(); import os, time;"
-    "print(os.getpid(), flush=True); time.sleep(60)"])
-time.sleep(60)
+    "print(os.getpid(), flush=True); time.sleep(3600)"])
+time.sleep(3600)
 """
 
 
@@ -74,13 +77,19 @@ def test_killed_launcher_leaves_no_worker():
     worker = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
-    for _ in range(100):
-        stat = Path(f"/proc/{worker}/stat")
-        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.05)
-    os.kill(worker, signal.SIGKILL)
-    raise AssertionError("the worker outlived its launcher")
+    stat = Path(f"/proc/{worker}/stat")
+
+    def gone() -> bool:
+        try:
+            return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    try:
+        wait_until(gone, "the worker ends with its launcher", still=60.0)
+    except Stuck:
+        os.kill(worker, signal.SIGKILL)
+        raise
 
 
 def _steps(rank: int, world: int, folder: str) -> None:
@@ -97,7 +106,7 @@ def _steps(rank: int, world: int, folder: str) -> None:
     for step in range(2000):
         if rank == 1 and step == 7:
             os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(0.3)  # the others wait in the collective meanwhile
+            wait_until(listener.stop_requested, "the signal is heard")  # the others wait in the collective meanwhile
         if agree_max([int(listener.stop_requested())])[0]:
             break
     Path(folder, f"stopped-{rank}").write_text(str(step))

@@ -14,6 +14,7 @@ import pytest
 
 from distributed_at.engine.launch import free_port
 from distributed_at.errors import EXIT_REQUEUE
+from tests.patience import end_of, wait_until
 from tests.training_kit import RECIPE, TINY, checkpoint_step, state_digest, training_rows
 
 WORDS = ["train", str(RECIPE), *TINY, "train.epochs=60", "--quiet"]  # 180 steps
@@ -25,30 +26,20 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if command is TORCHRUN:
         command = [*command[:4], f"--master-port={free_port()}", *command[4:]]
-    return subprocess.Popen(
-        [*command, "--run-folder", str(folder)],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    with open(f"{folder}.err", "a") as errors:
+        words = [*command, "--run-folder", str(folder)]
+        return subprocess.Popen(words, env=environment, stderr=errors, text=True, start_new_session=True)
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
-    try:
-        _, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, errors
+def finish(process: subprocess.Popen[str], folder: Path) -> tuple[int, str]:
+    return end_of(process), Path(f"{folder}.err").read_text()
 
 
-def wait_rows(folder: Path, number: int, seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
+def wait_rows(process: subprocess.Popen[str], folder: Path, number: int) -> None:
     path = folder / "events.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < number:
-        assert time.monotonic() < deadline, "the run did not begin"
-        time.sleep(0.01)
+    begun = lambda: path.exists() and path.read_bytes().count(b"\n") >= number  # noqa: E731
+    wait_until(lambda: begun() or process.poll() is not None, f"{number} events", processes=[process.pid])
+    assert begun(), Path(f"{folder}.err").read_text()
 
 
 def rank_process(folder: Path, rank: int) -> int:
@@ -70,21 +61,21 @@ def last_event(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, errors = finish(start(LAUNCHER, folder))
+    code, errors = finish(start(LAUNCHER, folder), folder)
     assert code == 0, errors
     return folder
 
 
 def stopped_and_resumed(command: list[str], folder: Path, undisturbed: Path, stop) -> int:
     process = start(command, folder)
-    wait_rows(folder, 20)
+    wait_rows(process, folder, 20)
     stop(process)
-    code, errors = finish(process)
+    code, errors = finish(process, folder)
     step = checkpoint_step(folder)
     assert 0 < step < 180, errors
     assert last_event(folder)["reason"] == "stopped"
     assert last_event(folder)["step"] == step
-    again, errors = finish(start(command, folder))
+    again, errors = finish(start(command, folder), folder)
     assert again == 0, errors
     assert training_rows(folder) == training_rows(undisturbed)
     assert state_digest(folder) == state_digest(undisturbed)
@@ -121,12 +112,12 @@ def test_torchrun_passes_the_signal_on_and_its_ranks_save(to, undisturbed, tmp_p
 def test_second_term_leaves_at_once_without_waiting_for_the_step(tmp_path):
     folder = tmp_path / "run"
     process = start(LAUNCHER, folder)
-    wait_rows(folder, 5)
+    wait_rows(process, folder, 5)
     os.kill(rank_process(folder, 1), signal.SIGSTOP)  # so that the step never ends
     process.send_signal(signal.SIGTERM)
     time.sleep(4)
     process.send_signal(signal.SIGTERM)
     time.sleep(1)
     os.kill(rank_process(folder, 1), signal.SIGKILL)
-    code, _ = finish(process)
+    code, _ = finish(process, folder)
     assert code in (143, 137)

@@ -24,6 +24,7 @@ from distributed_at.engine.preemption import prepare_process
 from distributed_at.engine.run import run_worker
 from distributed_at.engine.runfolder import RunFolder
 from distributed_at.recipes import load_recipe
+from tests.patience import STILL, Stuck, wait_until
 from tests.training_kit import RECIPE, TINY
 
 Moment = Literal["any", "in_checkpoint", "at_once"]
@@ -122,14 +123,19 @@ class Start:
                 self.codes[index] = process.exitcode
         return len(self.codes) < len(self._ranks)
 
-    def wait(self, seconds: float = 120.0) -> dict[int, int]:
-        """Wait for all ranks; what is left after ``seconds`` is killed and counts as killed (-9)."""
-        deadline = time.monotonic() + seconds
-        while self.alive():
-            if time.monotonic() > deadline:
-                self.signal(None)
-                deadline = float("inf")
-            time.sleep(0.005)
+    @property
+    def processes(self) -> list[int]:
+        """Process ids of the ranks that have not ended."""
+        return [p.pid for index, p in enumerate(self._ranks) if index not in self.codes and p.pid is not None]
+
+    def wait(self, still: float = STILL) -> dict[int, int]:
+        """Wait for all ranks; what has done nothing for ``still`` seconds is killed and counts as killed (-9)."""
+        ended = lambda: not self.alive()  # noqa: E731
+        try:
+            wait_until(ended, "all ranks have ended", processes=self.processes, still=still, pause=0.005)
+        except Stuck:
+            self.signal(None)
+            wait_until(ended, "all ranks have ended")
         return self.codes
 
     def text(self) -> str:

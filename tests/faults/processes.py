@@ -16,6 +16,7 @@ from distributed_at.engine.preemption import EXIT_SECOND_SIGNAL
 from distributed_at.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE
 from tests.faults.faults import SILENT, Bench, Seen, by_rank, fault, told
 from tests.faults.harness import Start
+from tests.patience import Stuck, wait_until
 
 STEP = "distributed_at.engine.trainer:Trainer._step"
 SAVE = "distributed_at.engine.checkpoint:_hash_own"  # a shard is written, the checkpoint has no name yet
@@ -25,7 +26,6 @@ VALIDATING = [
     "evaluation.every_epochs=1",
     "evaluation.validation=[{kind: pgd, batch_size: 4, attack: {eps: 51, num_steps: 2, step_size: 25}}]",
 ]
-PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,17 @@ class At:
 
 def _others_leave(start: Start, gone: int | None) -> None:
     """Wait until every rank but ``gone`` has left by itself, as a launcher does before it ends the rest."""
-    deadline = time.monotonic() + PATIENCE
-    while start.alive() and not set(start.codes) >= {0, 1} - {gone}:
-        assert time.monotonic() < deadline, f"ranks go on without rank {gone}: {start.text()}"
-        time.sleep(0.01)
+    left = lambda: not start.alive() or set(start.codes) >= {0, 1} - {gone}  # noqa: E731
+    try:
+        wait_until(left, f"the others leave rank {gone}", processes=start.processes)
+    except Stuck as stuck:
+        raise AssertionError(f"{stuck}: {start.text()}") from None
 
 
 def _killed(at: At, words: tuple[str, ...] = ()):
     def plant(bench: Bench) -> Seen:
         start = bench.start(at, words=words)
-        start.wait(PATIENCE)
+        start.wait()
         expected = {r: -9 if at.rank in (None, r) else EXIT_HANG for r in (0, 1)}
         assert start.codes == expected, start.text()
         message = SILENT if at.rank is None else told(start)
@@ -99,7 +100,7 @@ for _what, _at, _words in (
 
 @fault("SIGSTOP of a rank (a hang)", slow=True)
 def _stopped(bench: Bench) -> Seen:
-    words = ["parallel.timeout_seconds=10"]
+    words = ["parallel.timeout_seconds=20"]
     start = bench.start(At(STEP, 6, signal.SIGSTOP, 1), words=words)
     _others_leave(start, 1)
     start.signal(None)
@@ -163,7 +164,7 @@ class SlowEvaluation:
                 time.sleep(left.pop(0))
             return real(work, ids)
 
-        limits = {"setup": 600.0, "step": 600.0, "checkpoint": 600.0, "evaluation": self.limit}
+        limits = {"setup": 3600.0, "step": 3600.0, "checkpoint": 3600.0, "evaluation": self.limit}
         with (
             mock.patch.object(Work, "rows_by_steps", waiting),
             mock.patch("distributed_at.engine.run.section_timeouts", return_value=limits),
@@ -173,7 +174,7 @@ class SlowEvaluation:
 
 @fault("a hang of one rank while evaluating", slow=True)
 def _hung_evaluation(bench: Bench) -> Seen:
-    start = bench.start(SlowEvaluation(rank=1, seconds=(0.0, 600.0), limit=4.0), words=VALIDATING)
+    start = bench.start(SlowEvaluation(rank=1, seconds=(0.0, 3600.0), limit=12.0), words=VALIDATING)
     _others_leave(start, 1)
     start.signal(None)
     start.wait()

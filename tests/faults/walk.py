@@ -23,7 +23,6 @@ from distributed_at.engine.checkpoint_tools import read_checkpoint
 from distributed_at.observe.events import read_events
 from tests.distributed.test_elastic import FIRST, FIRST_TOLERANCE, LOSS_TOLERANCE, RECIPE, STEPS
 from tests.faults.harness import Start
-from tests.faults.kill_many import PATIENCE
 from tests.training_kit import Record, noting
 
 INTERVAL = 3  # steps between checkpoints
@@ -130,7 +129,7 @@ def walk(worlds: Sequence[int], *, seed: int, root: Path, say: Callable[[object]
             _wait_steps(start, steps)
             time.sleep(delay)
             start.signal(killed)
-        codes = start.wait(120 if last else PATIENCE)
+        codes = start.wait()
         assert set(codes.values()) <= ({0} if last else {-9, 6}), start.text()
         rows = [row for row in read_events(folder, raw=True) if row["restart"] == number]
         began = next(int(row["step"]) for row in rows if row["event"] in ("run_start", "restart"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -126,7 +125,7 @@ def test_a_mistake_gets_one_clear_message_and_leaves_nothing(name, tmp_path, mon
 
 def test_help_and_mistakes_answer_without_importing_torch(tmp_path):
     program = "import sys; from distributed_at.cli import main\ntry: main(['trian'])\nexcept SystemExit: print('torch' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    answer = run([sys.executable, "-c", program], cwd=tmp_path)
     assert answer.stdout.strip() == "False"
 
 

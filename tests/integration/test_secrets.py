@@ -36,9 +36,7 @@ def command(folder: Path, *words: str, planted: str = "") -> subprocess.Complete
     own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment = {**own, **SECRETS, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "distributed_at", *words]
-    return subprocess.run(
-        arguments, cwd=folder / "work", env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
+    return run(arguments, cwd=folder / "work", env=environment)
 
 
 def test_keys_of_the_environment_are_in_no_file_and_no_line_after_a_crash_and_after_a_run(tmp_path):

@@ -138,9 +138,7 @@ def test_prefetcher_reads_at_most_depth_ahead():
     started = []
     with Prefetcher(range(100), lambda k: started.append(k) or k, 3) as items:
         next(items)
-        deadline = time.monotonic() + 5
-        while len(started) < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: len(started) >= 4, "three more are read ahead")
         time.sleep(0.05)
         assert started == [0, 1, 2, 3]
 

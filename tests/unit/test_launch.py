@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -111,19 +110,20 @@ def test_an_ended_launcher_leaves_no_worker(tmp_path):
     program = (
         "import sys; from distributed_at.engine import launch\n"
         "real = launch.subprocess.Popen\n"
-        "def sleeping(command, **kw): return real([sys.executable, '-c', 'import time; time.sleep(600)'], **kw)\n"
+        "def sleeping(command, **kw): return real([sys.executable, '-c', 'import time; time.sleep(3600)'], **kw)\n"
         "launch.subprocess.Popen = sleeping\n"
         "print('ready', flush=True); sys.exit(launch.run_workers(['x'], 2, None))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert launcher.stdout.readline().strip() == "ready"
-    deadline = time.monotonic() + 20
     children: list[str] = []
-    while len(children) < 2 and time.monotonic() < deadline:
-        children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
-        time.sleep(0.05)
+
+    def two() -> bool:
+        children[:] = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+        return len(children) == 2
+
+    wait_until(two, "the launcher has started two workers", processes=[launcher.pid], pause=0.05)
     launcher.send_signal(signal.SIGTERM)
-    code = launcher.wait(timeout=60)
-    assert len(children) == 2
+    code = end_of(launcher)
     assert code == 128 + signal.SIGTERM
     assert not any(os.path.exists(f"/proc/{pid}") for pid in children)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ class FakeRun:
     def log(self, row: dict) -> None:
         if self.package.log_error is not None and self.package.modes[-1] == "online":
             raise self.package.log_error
-        self.package.gate.wait(20)
+        self.package.gate.wait(LONGEST)
         self.package.rows.append(row)
 
     def alert(self, **_: object) -> None:
@@ -139,9 +138,8 @@ def test_hanging_service_blocks_neither_logging_nor_the_end(tmp_path: Path) -> N
     package = FakeWandb()
     package.gate.clear()
     view = WandbView(tmp_path, mode="offline", module=package, init_timeout=0.1, finish_timeout=0.2)
-    start = time.monotonic()
     run_five_steps(tmp_path, view)
-    assert time.monotonic() - start < 5
+    assert package.rows == []  # or it would have waited for them
     package.gate.set()
 
 

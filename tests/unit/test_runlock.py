@@ -17,6 +17,7 @@ import pytest
 from distributed_at.engine import runlock
 from distributed_at.engine.runlock import RunLock, this_process
 from distributed_at.errors import EXIT_LOCKED, LockedError
+from tests.patience import LONGEST, wait_until
 
 
 def plant(folder: Path, **changes) -> None:
@@ -41,13 +42,15 @@ def test_second_job_is_refused_with_the_holder_named(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def _race(folder: str, start: float, results) -> None:
-    while time.time() < start:
+def _race(folder: str, ready, go, results) -> None:
+    lock = RunLock(folder)
+    ready.release()
+    while not go.value:
         pass
     try:
-        RunLock(folder).acquire()
+        lock.acquire()
         results.put(True)
-        time.sleep(600)  # until it is killed: the last racer may come late
+        time.sleep(LONGEST)  # the winner lives until all have tried: a dead one's lock would be taken over
     except LockedError:
         results.put(False)
 
@@ -61,14 +64,18 @@ def test_of_racing_jobs_exactly_one_wins(tmp_path, stale):
         folder.mkdir()
         if stale:
             plant(folder, pid=pid)
-        results, start = context.Queue(), time.time() + 0.4
-        racers = [context.Process(target=_race, args=(str(folder), start, results)) for _ in range(8)]
+        ready, go, results = context.Semaphore(0), context.Value("b", 0, lock=False), context.Queue()
+        racers = [context.Process(target=_race, args=(str(folder), ready, go, results)) for _ in range(8)]
         for racer in racers:
             racer.start()
-        won = [results.get(timeout=120) for _ in racers]
-        for racer in racers:
-            racer.kill()
-            racer.join()
+        try:
+            assert all(ready.acquire(timeout=LONGEST) for _ in racers)
+            go.value = 1
+            won = [results.get(timeout=LONGEST) for _ in racers]
+        finally:
+            for racer in racers:
+                racer.kill()
+                racer.join()
         assert sum(won) == 1
 
 
@@ -139,8 +146,7 @@ def test_requeued_job_takes_over_its_own_lock(tmp_path, monkeypatch):
 def test_heartbeat_keeps_the_lock_fresh_and_a_lost_lock_is_noticed_and_left_alone(tmp_path):
     lock = RunLock(tmp_path, heartbeat_seconds=0.05).acquire()
     os.utime(tmp_path / "lock", (0, 0))
-    time.sleep(0.4)
-    assert (tmp_path / "lock").stat().st_mtime > 1
+    wait_until(lambda: (tmp_path / "lock").stat().st_mtime > 1, "the lock's time is renewed")
     assert lock.held()
     assert lock.taken_by() is None
     plant(tmp_path, token="somebody-else")
