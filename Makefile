@@ -32,11 +32,15 @@ install: $(STAMP)
 demo: $(STAMP)
 	@$(BIN)/python -m distributed_at.demo --workers $(WORKERS)
 
+# Two processes of one thread each, whole files to a process. The order of `test` is fixed; that of `test-all` is drawn,
+# and the seed is printed first (`make test-all SEED=...` draws it again).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+	$(PYTEST) -q -p no:randomly -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -m "not gpu" -q
+	HYPOTHESIS_PROFILE=explore $(PYTEST) $(if $(SEED),--randomly-seed=$(SEED)) -m "not gpu"
 
 mutations: $(STAMP)
 	$(BIN)/python -m tests.mutations

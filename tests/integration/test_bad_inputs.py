@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from distributed_at.cli import main
+from tests.patience import run
 
 DIGITS = ["train", "digits/adversarial.yaml", "--workers", "1"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from distributed_at.cli import main
+from tests.patience import run
 from tests.training_kit import one_world
 
 SHORT = [
@@ -25,9 +26,7 @@ SHORT = [
 def command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(
-        [sys.executable, "-m", "distributed_at", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=280
-    )
+    return run([sys.executable, "-m", "distributed_at", *words], cwd=cwd, env=env)
 
 
 def succeeded(*words: str, cwd: Path) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import run
 from tests.training_kit import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +59,8 @@ def test_keys_of_the_environment_are_in_no_file_and_no_line_after_a_crash_and_af
     for name, secret in SECRETS.items():
         held = [str(path) for path in files if secret.encode() in path.read_bytes()]
         assert held == [], f"{name} is in {held}"
-        for run in (crashed, finished, told):
-            assert secret not in run.stdout + run.stderr, f"{name} was printed"
+        for start in (crashed, finished, told):
+            assert secret not in start.stdout + start.stderr, f"{name} was printed"
 
 
 def test_any_command_that_fails_unexpectedly_keeps_them_too(tmp_path):

@@ -10,6 +10,7 @@ from distributed_at.data.order import StepOrder
 from distributed_at.data.prefetch import Prefetcher
 from distributed_at.data.split import carve_validation, fixed_test_ids, limit_ids
 from distributed_at.errors import ConfigError
+from tests.patience import wait_until
 
 
 def test_an_epoch_shows_each_image_exactly_once():

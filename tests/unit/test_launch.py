@@ -17,6 +17,7 @@ from distributed_at.engine.launch import (
     worker_environment,
 )
 from distributed_at.errors import EXIT_HANG, ConfigError
+from tests.patience import end_of, wait_until
 
 SLURM = {
     "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_ID": "0",

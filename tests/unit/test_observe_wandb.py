@@ -10,6 +10,7 @@ import pytest
 
 from distributed_at.observe.events import EventLog, read_events
 from distributed_at.observe.wandb import WandbView, flatten, stored_run_id
+from tests.patience import LONGEST
 
 
 class FakeRun:
