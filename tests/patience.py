@@ -55,7 +55,7 @@ def wait_until(
     last: object = None
     while not done():
         now = time.monotonic()
-        if now - looked >= 1.0 or last is None:
+        if now - looked >= min(1.0, still / 4) or last is None:
             looked = now
             if (sign := (moved(), processor_seconds(processes))) != last:
                 last, since = sign, now
