@@ -75,8 +75,9 @@ def _one_world(timeout_seconds: float = 60.0) -> World:
     with mock.patch.dict(
         os.environ
     ):  # a lone worker leaves its rank there, where others would take it for a launcher's
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # and a test may have put one there
-            os.environ.pop(name, None)
+        if "MASTER_ADDR" not in os.environ:  # no launcher's, but what a test has put there
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+                os.environ.pop(name, None)
         import_deepspeed()
         world = initialise_world(timeout_seconds)
     atexit.register(shutdown_world)
