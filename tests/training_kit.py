@@ -70,18 +70,20 @@ class StopAtStep:
 
 
 @functools.cache
-def _one_world(timeout_seconds: float = 60.0) -> World:
-    """One process group for all runs of this process: DeepSpeed remembers the groups of the first."""
-    with mock.patch.dict(
-        os.environ
-    ):  # a lone worker leaves its rank there, where others would take it for a launcher's
+def _world() -> World:
+    with mock.patch.dict(os.environ):  # a lone worker leaves its rank there, as a launcher would
         if "MASTER_ADDR" not in os.environ:  # no launcher's, but what a test has put there
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
                 os.environ.pop(name, None)
         import_deepspeed()
-        world = initialise_world(timeout_seconds)
+        world = initialise_world(60.0)
     atexit.register(shutdown_world)
     return world
+
+
+def _one_world(timeout_seconds: float = 60.0) -> World:
+    """One process group for all runs of this process, whatever their timeout: DeepSpeed remembers the first's groups."""
+    return _world()
 
 
 def checkpoint_step(folder: Path) -> int:
