@@ -32,31 +32,10 @@ TWIN: tuple[Mutation, ...] = (
         _TWIN + "test_train_mode_moves_the_live_statistics_and_other_modes_do_not",
     ),
     Mutation(
-        "the attack always runs in eval mode",
-        "engine/twin.py",
-        "        network.eval()\n        set_bn_mode(network, bn_mode)\n",
-        "        set_bn_mode(network, bn_mode)\n        network.eval()\n",
-        _TWIN + "test_unfolded_twin_in_the_same_layout_gives_the_live_gradient_bitwise",
-    ),
-    Mutation(
-        "the attack is not told of its branch",
-        "engine/twin.py",
-        "                branch=branch,\n",
-        '                branch="adv",\n',
-        _RUN + "[mixture_attacked_on_the_clean_branch]",
-    ),
-    Mutation(
         "a convolution's bias is folded with the wrong sign",
         "engine/folding.py",
         "n.running_mean - c.bias",
         "n.running_mean + c.bias",
-        _FOLD + "test_convolution_with_a_bias_folds_exactly",
-    ),
-    Mutation(
-        "folding takes the first norm's eps for all",
-        "engine/folding.py",
-        "[n.eps for n in norms]",
-        "[1e-5 for n in norms]",
         _FOLD + "test_convolution_with_a_bias_folds_exactly",
     ),
     Mutation(
@@ -87,13 +66,6 @@ TWIN: tuple[Mutation, ...] = (
         "        from_, to = [a for a, _ in self.copied], [b for _, b in self.copied]\n        if self.folded:\n"
         "            from_, to = [], []\n",
         _RUN + "[folded_mixture_cast_zero_2_accumulation]",
-    ),
-    Mutation(
-        "the weights are folded once a run",
-        "engine/builder.py",
-        "for twin in (self.twin, *self.views.values()):",
-        "for twin in self.views.values():",
-        _RUN + "[folded_cast_averaged_and_judged]",
     ),
     Mutation(
         "the compiled attack keeps the bounds of its first batch",
@@ -129,6 +101,27 @@ TWIN: tuple[Mutation, ...] = (
         "(key, repr(value) if isinstance(value, _PLAIN) else id(value))",
         "(key, type(value))",
         _REGIONS + "test_blocks_that_differ_share_nothing",
+    ),
+    Mutation(
+        "the twin's debug mode asks the twin which BN mode it should be in",
+        "engine/twin_check.py",
+        "set_bn_mode(spare, attack.bn_mode)",
+        "set_bn_mode(spare, twin.bn_mode)",
+        _CHECK + "test_a_twin_of_another_branch_or_bn_mode_is_caught",
+    ),
+    Mutation(
+        "the twin's debug mode does not see who wrote into the live network",
+        "engine/twin_check.py",
+        "if self._left_by != step - 1:",
+        "if self._left_by != step:",
+        _CHECK + "test_an_average_copied_into_the_live_network_is_caught",
+    ),
+    Mutation(
+        "the twin's debug mode moves statistics a second time",
+        "engine/twin_check.py",
+        'if self._bn_mode == "train" else []',
+        'if self._bn_mode == "batch" else []',
+        _CHECK + "test_an_attack_that_moves_statistics_moves_them_once_under_comparison",
     ),
 )
 
