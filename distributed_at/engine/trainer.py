@@ -169,7 +169,7 @@ class Trainer:
             with self._clock.section("communication"):
                 p.buffers.finish_step()
             if p.twin_check is not None:
-                p.twin_check.merged()
+                p.twin_check.stepped(step)
             if p.average is not None:  # last: it may average the statistics too, and they are the step's by now
                 p.average.update(step)
             self.guard.passed()
@@ -242,8 +242,6 @@ class Trainer:
     def _after_step(self, micros: list[MicroBatch], step: int) -> None:
         """What an objective does with the new weights, group by group."""
         p = self.parts
-        if p.twin_check is not None:
-            p.twin_check.stepped(step)
         if p.objective.has_after_step:
             with self._clock.section("train"):
                 for index, micro in enumerate(micros):

@@ -110,12 +110,11 @@ class TwinCheck:
         self.count = 0
 
     def stepped(self, step: int) -> None:
-        """Remember the weights that the optimiser's step ``step`` left; the next attack must find them."""
-        self._left, self._left_by = {n: p.detach().clone() for n, p in self._live.named_parameters()}, step
+        """Remember the weights and statistics that step ``step`` left; the next attack must find them."""
+        self._left, self._left_by = {n: t.detach().clone() for n, t in self._state().items()}, step
 
-    def merged(self) -> None:
-        """Remember the statistics that the step left."""
-        self._left |= {n: b.detach().clone() for n, b in self._live.named_buffers()}
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {**dict(self._live.named_parameters()), **dict(self._live.named_buffers())}
 
     def compare(self, step: int, batch: Batch) -> None:
         """Compare now, before the attack of optimiser step ``step`` on ``batch``.
@@ -160,7 +159,7 @@ class TwinCheck:
     def _untouched(self, step: int) -> None:
         if self._left_by != step - 1:  # resumed, gone back, or the step before moved nothing
             return
-        now = {**dict(self._live.named_parameters()), **dict(self._live.named_buffers())}
+        now = self._state()
         for name, before in self._left.items():
             if not torch.equal(now[name], before):
                 what = f"{name}, written to since the step,"
