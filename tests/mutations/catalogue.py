@@ -7,8 +7,10 @@ from tests.mutations import (
     engine,
     engine_files,
     engine_rates,
+    engine_selection,
     engine_state,
     evaluation,
+    evaluation_attacks,
     models,
     objectives,
     observe,
@@ -17,13 +19,15 @@ from tests.mutations import (
 from tests.mutations.mutation import Mutation
 
 # How many faults each room must have at least; a room is a folder of the package.
-LEAST = {"engine": 140, "evaluation": 0, "models": 20, "data": 30, "observe": 30}
+LEAST = {"engine": 140, "evaluation": 25, "models": 20, "data": 30, "observe": 30}
 MUTATIONS: tuple[Mutation, ...] = (
     *engine.MUTATIONS,
     *engine_rates.MUTATIONS,
     *engine_state.MUTATIONS,
     *engine_files.MUTATIONS,
+    *engine_selection.MUTATIONS,
     *evaluation.MUTATIONS,
+    *evaluation_attacks.MUTATIONS,
     *models.MUTATIONS,
     *data.MUTATIONS,
     *observe.MUTATIONS,

@@ -46,3 +46,5 @@ def assert_same_rows(result: Any, expected: list[Row], source: Any) -> None:
     np.testing.assert_allclose(rows.loss, [e.loss for e in expected], rtol=1e-4, atol=1e-6)
     assert (result.correct, result.total) == (sum(e.correct_adv for e in expected), len(expected))
     assert result.clean_correct == sum(e.correct_clean for e in expected)
+    if result.protocol.target != "none":
+        assert result.attack_success_rate == sum(e.target_hit for e in expected) / len(expected)

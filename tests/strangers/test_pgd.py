@@ -102,14 +102,17 @@ def test_each_number_of_steps_of_one_pass_is_that_of_a_pgd_written_by_hand(targe
 def test_curve_over_steps_counts_what_a_pgd_written_by_hand_leaves() -> None:
     network, source = subject("untrained")
     x, y, ids = arrays(source)
-    short = {**LINF, "eps": 6.0, "step_size": 1.5}
-    for values in (short, {**short, "target": "most_confusing"}):
+    aimed = {"eps": 12.0, "step_size": 3.0, "target": "random_any"}
+    for values in ({**LINF, "eps": 6.0, "step_size": 1.5}, {**LINF, **aimed}):
         protocol = ask_pgd(network, source, seed=SEED, **values).protocol
         rows = pgd.along(network, pgd.Plan(**values, seed=SEED), x, y, ids, (0, 1, 3, 5))
         points = ask_curve(network, source, protocol, [5, 0, 3, 1], ids=ids, batch_size=6)
         expected = [(k, sum(row.correct_adv for row in rows[k]), len(x)) for k in (0, 1, 3, 5)]
         assert [(p.num_steps, p.correct, p.total) for p in points] == expected
-        assert expected[0][1] > expected[-1][1]
+        if "target" not in values:
+            assert expected[0][1] > expected[-1][1]
+        else:  # aimed at its label, an image that was wrong may become right, and counts
+            assert any(row.correct_adv and not row.correct_clean for row in rows[5])
 
 
 def test_step_rule_of_xie_and_yuille_lengthens_short_steps_and_leaves_long_ones() -> None:
