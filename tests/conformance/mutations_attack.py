@@ -230,8 +230,8 @@ MUTATIONS = [
         _STEP + "            adv = torch.cat([adv[:64], bounds.center[64:]])\n", "every_image_is_attacked_every_step",
     ),
     Mutation(
-        "an extra forward in every iteration", ITERATION, "        logits = model(image)\n        total",
-        "        model(image)\n        logits = model(image)\n        total", "every_image_is_attacked_every_step",
+        "an extra forward in every iteration", ITERATION, "        logits = checked_logits(model(image), image)\n",
+        "        model(image)\n        logits = checked_logits(model(image), image)\n", "every_image_is_attacked_every_step",
     ),
     Mutation(
         "restarts keep the last", PGD, "best = found if best is None else best.better_of(found)", "best = found",
