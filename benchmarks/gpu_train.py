@@ -22,7 +22,7 @@ try:
     from distributed_at.commands.common import print_table
     from distributed_at.commands.eval import protocol_name
     from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, UserError
-    from distributed_at.evaluation.along import singles
+    from distributed_at.evaluation.step_counts import singles
     from distributed_at.observe.tables import table
     from distributed_at.recipes import load_recipe
 except ModuleNotFoundError as missing:

@@ -60,7 +60,7 @@ def protocol_name(what: EvalAttackConfig) -> str:
 
 def _chosen_steps(what: EvalAttackConfig, wanted: list[str]) -> list[EvalAttackConfig]:
     """Return what ``--only`` leaves of an entry: one pass up to the longest number of steps that it names."""
-    from distributed_at.evaluation.along import singles
+    from distributed_at.evaluation.step_counts import singles
 
     kept = [single for single in singles(what) if protocol_name(single) in wanted]
     if len(kept) < 2:
@@ -71,7 +71,7 @@ def _chosen_steps(what: EvalAttackConfig, wanted: list[str]) -> list[EvalAttackC
 
 def select_protocols(config: RunConfig, only: str | None, num_samples: int | None) -> list[EvalAttackConfig]:
     """Return the protocols to run: both branches of a mixture-BN network where a protocol names none."""
-    from distributed_at.evaluation.along import singles
+    from distributed_at.evaluation.step_counts import singles
 
     chosen = list(config.evaluation.final)
     if only is not None:

@@ -1,6 +1,6 @@
 """Clean and robust accuracy with their protocol: sharded over ranks, resumable by sample, the same number each time."""
 
-from distributed_at.evaluation.along import evaluate_entry
+from distributed_at.evaluation.step_counts import evaluate_entry
 from distributed_at.evaluation.curve import CurvePoint, pgd_curve
 from distributed_at.evaluation.ledger import Ledger, LedgerConflictError
 from distributed_at.evaluation.protocol import Protocol, build_protocol, ids_hash

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from distributed_at.attacks import PGD
 from distributed_at.errors import ConfigError
-from distributed_at.evaluation.pgd import build_attack
+from distributed_at.evaluation.kinds.pgd import build_attack
 from distributed_at.evaluation.protocol import Protocol
 from distributed_at.evaluation.quiet import Model, device_of, lent
 from distributed_at.evaluation.sharding import Shard

@@ -83,7 +83,7 @@ def evaluate(
             not fit in memory.
         on_progress: called as (samples done, samples of this rank) after each batch.
         alive: called before each forward pass, and while this rank waits for others that get on: a watchdog's ``beat``.
-        siblings: takes the rows of the same attack at fewer steps (``along.py``).
+        siblings: takes the rows of the same attack at fewer steps (``step_counts.py``).
         given: rows of this protocol that this rank already made; they are not computed again.
         weights: what stands for a plain function's weights in the protocol; with ``folder`` such a function needs it.
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from distributed_at.errors import ConfigError
-from distributed_at.evaluation.autoattack import run_autoattack
+from distributed_at.evaluation.kinds.autoattack import run_autoattack
 from distributed_at.evaluation.outcome import Outcome
-from distributed_at.evaluation.pgd import run_pgd
+from distributed_at.evaluation.kinds.pgd import run_pgd
 from distributed_at.evaluation.protocol import Protocol
 from distributed_at.evaluation.quiet import Model
 from distributed_at.evaluation.rows import CLEAN, SURVIVED, Rows

@@ -66,7 +66,7 @@ def test_rows_do_not_depend_on_the_batch_size(model) -> None:
 
 
 def test_restarts_agree_with_the_attack_that_runs_them_all(model) -> None:
-    from distributed_at.evaluation.pgd import build_attack
+    from distributed_at.evaluation.kinds.pgd import build_attack
 
     data = source()
     result = evaluate(model, data, pgd(restarts=3, num_steps=2), seed=5)

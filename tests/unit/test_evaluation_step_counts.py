@@ -10,7 +10,7 @@ import pytest
 
 from distributed_at.config import AttackConfig, EvalAttackConfig
 from distributed_at.evaluation import evaluate, evaluate_entry
-from distributed_at.evaluation.along import singles
+from distributed_at.evaluation.step_counts import singles
 from distributed_at.evaluation.rows import COLUMNS
 from tests.evaluation_kit import source, trained
 
