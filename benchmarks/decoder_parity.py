@@ -26,15 +26,14 @@ import torch
 from PIL import Image
 
 from benchmarks import common
-from distributed_at.config import AugmentConfig, DataConfig, EvalAttackConfig
+from distributed_at.config import AugmentConfig, DataConfig, evaluation_entry
 from distributed_at.data import open_index, open_split
 from distributed_at.data.augment import Views
 from distributed_at.data.imagenet import FolderSource
 from distributed_at.data.source import ImageSource
-from distributed_at.engine.checkpoint import CheckpointManager
 from distributed_at.engine.runfolder import RunFolder
-from distributed_at.engine.weights import find_checkpoint, load_network
-from distributed_at.evaluation import evaluate
+from distributed_at.engine.weights import open_network
+from distributed_at.evaluation import Execution, Subject, evaluate
 from distributed_at.recipes import load_recipe
 from distributed_at.statistics import mcnemar, wilson
 
@@ -50,9 +49,14 @@ RECIPE = [
 ]  # fmt: skip
 # A naturally trained network has nothing left at the paper's radius of 16; at 1 it still answers both ways.
 ATTACKS = (
-    EvalAttackConfig(kind="clean"),
-    EvalAttackConfig.model_validate(
-        {"kind": "pgd", "name": "pgd10", "num_samples": 1000, "attack": {"eps": 1, "num_steps": 10, "step_size": 0.25}}
+    evaluation_entry(kind="clean"),
+    evaluation_entry(
+        **{
+            "kind": "pgd",
+            "name": "pgd10",
+            "num_samples": 1000,
+            "attack": {"eps": 1, "num_steps": 10, "step_size": 0.25},
+        }
     ),
 )
 
@@ -141,15 +145,15 @@ def compare_answers(run: Path, data: Path) -> list[dict[str, Any]]:
     """Return for each attack every contestant's accuracy, and how many predictions differ from the reference's."""
     config = load_recipe(str(run / "recipe.yaml")).config
     section = config.data.model_copy(update={"path": str(data)})
-    manager = CheckpointManager(RunFolder(run).checkpoints)
-    path = find_checkpoint(RunFolder(run), manager, "last", config)
     rows = []
     for what in ATTACKS:
         results = {}
         for who in CONTESTANTS:
             with open_contestant(section, "test", who) as source:
-                model = load_network(config, manager, path, num_classes=source.num_classes)
-                results[who] = evaluate(model, source, what, batch_size=64).rows
+                saved = open_network(RunFolder(run), config, "last", num_classes=source.num_classes)
+                results[who] = evaluate(
+                    Subject(network=saved.network), source, what, execution=Execution(batch_size=64)
+                ).rows
         reference = results[REFERENCE]
         answers = {}
         for who, result in results.items():

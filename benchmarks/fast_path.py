@@ -23,14 +23,14 @@ import torch._dynamo
 from scipy.special import stdtrit
 
 from benchmarks import common
-from distributed_at.config import EvalAttackConfig
+from distributed_at.config import EvaluationEntry
 from distributed_at.data.sources import open_split
 from distributed_at.engine.builder import Parts, build_parts
 from distributed_at.engine.compiled_attack import StaticIteration
 from distributed_at.engine.parallel import World, initialise_world, shutdown_world
 from distributed_at.engine.trainer import Trainer
 from distributed_at.engine.twin import Twin
-from distributed_at.evaluation import EvaluationResult, evaluate
+from distributed_at.evaluation import EvaluationResult, Execution, Subject, evaluate
 from distributed_at.recipes import load_recipe
 from distributed_at.statistics import mcnemar
 
@@ -116,13 +116,12 @@ def judge(parts: Parts) -> dict[str, EvaluationResult]:
     """Measure the live network on the test split, in float32 and eagerly for both sides."""
     network = parts.engine.module.eval()
     source = open_split(parts.config.data, "test", seed=parts.config.seed)
-    entries: list[EvalAttackConfig] = [
+    subject = Subject(network=network, training_attack=parts.config.attack, seed=parts.config.seed)
+    entries: list[EvaluationEntry] = [
         entry for entry in parts.config.evaluation.final if (entry.name or entry.kind) in PROTOCOLS
     ]
     return {
-        entry.name or entry.kind: evaluate(
-            network, source, entry, training_attack=parts.config.attack, seed=parts.config.seed, batch_size=512
-        )
+        entry.name or entry.kind: evaluate(subject, source, entry, execution=Execution(batch_size=512))
         for entry in entries
     }
 

@@ -20,9 +20,9 @@ from typing import Any
 
 try:
     from distributed_at.commands.common import print_table
-    from distributed_at.commands.eval import protocol_name
+    from distributed_at.commands.eval import entry_name
     from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, UserError
-    from distributed_at.evaluation.step_counts import singles
+    from distributed_at.evaluation.kinds import KINDS
     from distributed_at.observe.tables import table
     from distributed_at.recipes import load_recipe
 except ModuleNotFoundError as missing:
@@ -99,7 +99,10 @@ def main() -> int:
     steps, end = last_event(folder, "train"), last_event(folder, "run_end")
     finished = end.get("reason") == "finished"
     quick = [
-        protocol_name(one) for entry in config.evaluation.final for one in singles(entry) if one.kind != "autoattack"
+        entry_name(one)
+        for entry in config.evaluation.final
+        for one in KINDS[entry.kind].single_entries(entry)
+        if KINDS[one.kind].forward_units(one) is not None  # AutoAttack's cost has no bound known beforehand
     ]
     evaluation = command(
         "eval", str(folder), "--only", arguments.only or ",".join(quick), "--num-samples", str(arguments.samples), "--workers",

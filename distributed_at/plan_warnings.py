@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from distributed_at.bench.certificate import check_certificate
-from distributed_at.config import AttackConfig, EvalAttackConfig, RunConfig
+from distributed_at.config import AttackConfig, RunConfig
 from distributed_at.engine.batching import BatchPlan
+from distributed_at.evaluation.kinds import KINDS
 from distributed_at.objectives import OBJECTIVES
 
 # Below this a ResNet's attack step is bound by kernel launches rather than by the GPU.
@@ -141,7 +142,7 @@ def _attack(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def _selection(config: RunConfig) -> list[tuple[str, str]]:
-    robust = [protocol for protocol in config.evaluation.validation if protocol.kind != "clean"]
+    robust = [protocol for protocol in config.evaluation.validation if KINDS[protocol.kind].attacked]
     if config.train.select == "best_validation" and _is_adversarial(config) and not robust:
         return [
             (
@@ -162,19 +163,19 @@ def _selection(config: RunConfig) -> list[tuple[str, str]]:
 
 def _evaluation(config: RunConfig) -> list[tuple[str, str]]:
     final = config.evaluation.final
-    if not any(protocol.kind == "clean" for protocol in final):
+    if all(KINDS[protocol.kind].attacked for protocol in final):
         found = [("no_clean_accuracy", "evaluation.final does not measure clean accuracy")]
     else:
         found = []
     if not _is_adversarial(config):
         return found
-    robust = [protocol for protocol in final if protocol.kind != "clean"]
+    robust = [protocol for protocol in final if KINDS[protocol.kind].attacked]
     if not robust:
         return [
             *found,
             ("no_robust_accuracy", "evaluation.final measures no robust accuracy of a robustly trained model"),
         ]
-    if all(protocol.kind == "pgd" and _is_targeted(protocol) for protocol in robust):
+    if all(KINDS[protocol.kind].is_targeted(protocol) for protocol in robust):
         found.append(
             (
                 "targeted_evaluation",
@@ -191,10 +192,6 @@ def _evaluation(config: RunConfig) -> list[tuple[str, str]]:
 
 def _is_adversarial(config: RunConfig) -> bool:
     return OBJECTIVES[config.objective.name].needs(config.objective).attack != "none"
-
-
-def _is_targeted(protocol: EvalAttackConfig) -> bool:
-    return protocol.attack is not None and protocol.attack.target != "none"
 
 
 def _is_smaller(evaluation: AttackConfig, training: AttackConfig | None) -> bool:

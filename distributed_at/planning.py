@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distributed_at.accelerators import Gpu, Rate, find_gpu
-from distributed_at.config import DataConfig, EvalAttackConfig, RunConfig
+from distributed_at.config import DataConfig, EvaluationEntry, RunConfig
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.schedules import Schedules
 from distributed_at.errors import ConfigError
+from distributed_at.evaluation.kinds import KINDS
 from distributed_at.objectives import OBJECTIVES
-from distributed_at.observe.cost import attack_units, config_units
+from distributed_at.observe.cost import config_units
 from distributed_at.plan_warnings import PlanWarning, plan_warnings
 
 if TYPE_CHECKING:
@@ -240,23 +241,18 @@ def _images(num_steps: int, per_epoch: int, num_train: int, batch_size: int, *, 
 
 
 def _evaluation_flops(config: RunConfig, statistics: ModelStatistics, num_test: int) -> float | None:
-    """FLOPs of ``evaluation.final``; None where AutoAttack is in it, whose cost depends on who survives."""
-    units = [_protocol_units(protocol, num_test) for protocol in config.evaluation.final]
+    """FLOPs of ``evaluation.final``; None where the cost of one, such as AutoAttack, depends on who survives."""
+    units = [_entry_units(entry, num_test) for entry in config.evaluation.final]
     if any(unit is None for unit in units):
         return None
     branches = 2 if config.model.norm == "mbn" else 1
     return branches * 2.0 * statistics.macs * sum(unit for unit in units if unit is not None)
 
 
-def _protocol_units(protocol: EvalAttackConfig, num_test: int) -> float | None:
-    """Forward-equivalents of one protocol over the test images: PGD-n costs 2n + 1 an image."""
-    images = min(num_test, protocol.num_samples or num_test)
-    if protocol.kind == "autoattack":
-        return None
-    if protocol.kind == "clean" or protocol.attack is None:
-        return float(images)
-    attack = protocol.attack
-    return images * (1.0 + attack_units(attack.num_steps, restarts=attack.restarts, loss=attack.loss))
+def _entry_units(entry: EvaluationEntry, num_test: int) -> float | None:
+    """Forward-equivalents of one evaluation over the test images; None where they depend on who survives."""
+    units = KINDS[entry.kind].forward_units(entry)
+    return None if units is None else min(num_test, entry.num_samples or num_test) * units
 
 
 def _hours(config: RunConfig, gpu: Gpu, *, flops_per_image: float, images: int, world_size: int) -> Hours:

@@ -151,12 +151,14 @@ def _explain(item: Any, tree: Node) -> str:
         allowed = _describe_field(path)
         return f"{parent.source}: {name}: required, but not given{allowed}"
     if code == "union_tag_not_found":
-        return f"{node.source}: {name}.name: required, but not given. Allowed: {', '.join(_tags(context))}"
+        tag = context.get("tag", "name")
+        return f"{node.source}: {name}.{tag}: required, but not given. Allowed: {', '.join(_tags(context))}"
     if code == "union_tag_invalid":
-        at = node.child("name") or node
+        tag = context.get("tag", "name")
+        at = node.child(tag) or node
         tags = _tags(context)
         return (
-            f"{at.source}: {name}.name: {_shown(at)} is not one of the allowed values."
+            f"{at.source}: {name}.{tag}: {_shown(at)} is not one of the allowed values."
             f"{did_you_mean(str(at.value), tags)} Allowed: {', '.join(tags)}"
         )
     if code == "literal_error":
@@ -192,8 +194,9 @@ def _unknown_key(path: KeyPath, node: Node, tree: Node) -> str:
     parent = dotted(path[:-1])
     models = models_at(path[:-1])
     if len(models) > 1:
-        chosen = tree.find((*path[:-1], "name")).value
-        models = [model for model in models if model.model_fields["name"].default == chosen] or models
+        tag = _tag_at(path[:-1])
+        chosen = tree.find((*path[:-1], tag)).value
+        models = [model for model in models if model.model_fields[tag].default == chosen] or models
     allowed = sorted({name for model in models for name in model.model_fields})
     suggestion = nearest(key, allowed)
     if suggestion:
@@ -231,6 +234,15 @@ def _field(path: KeyPath) -> Any:
         if path and path[-1] in model.model_fields:
             return model.model_fields[str(path[-1])]
     return None
+
+
+def _tag_at(path: KeyPath) -> str:
+    """Return the field that chooses the class of the section at ``path``."""
+    item = bool(path) and (isinstance(path[-1], int) or str(path[-1]).isdigit())
+    field = _field(path[:-1] if item else path)
+    annotations = [] if field is None else get_args(field.annotation) if item else [Annotated[(Any, *field.metadata)]]
+    marks = [mark for annotation in annotations for mark in getattr(annotation, "__metadata__", ())]
+    return next((mark.tag for mark in marks if isinstance(mark, Section)), "name")
 
 
 def _takes_null(path: KeyPath) -> bool:

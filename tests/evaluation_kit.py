@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
+
+from distributed_at.evaluation import EvaluationResult, Execution, Subject, evaluate, evaluate_entry
 
 
 class TinyNet(nn.Module):
@@ -85,3 +88,23 @@ def source(num_classes: int = 10, *, size: int = 100, first_id: int = 7) -> Memo
     """Return the last ``size`` digits."""
     images, labels = digits(num_classes)
     return MemorySource(images[-size:], labels[-size:], num_classes=num_classes, first_id=first_id)
+
+
+_SUBJECT = {"branch", "training_attack", "seed", "description", "weights"}
+_EXECUTION = {"folder", "device", "batch_size", "rank", "world_size", "on_progress", "alive"}
+
+
+def _sorted_out(network: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    subject = Subject(network=network, **{k: options.pop(k) for k in _SUBJECT & set(options)})
+    execution = Execution(**{k: options.pop(k) for k in _EXECUTION & set(options)})
+    return {"subject": subject, "execution": execution, **options}
+
+
+def measure(network: nn.Module, source: Any, what: Any, **options: Any) -> EvaluationResult:
+    """``evaluate`` with the fields of ``Subject`` and ``Execution`` given flat."""
+    return evaluate(source=source, what=what, **_sorted_out(network, options))
+
+
+def measure_entry(network: nn.Module, source: Any, entry: Any, **options: Any) -> list[EvaluationResult]:
+    """``evaluate_entry`` likewise."""
+    return evaluate_entry(source=source, entry=entry, **_sorted_out(network, options))

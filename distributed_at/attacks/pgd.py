@@ -47,6 +47,7 @@ class PGD:
         loss: "ce", "kl", "margin" or "dlr".
         target: how target classes are chosen, once a call and the same in all restarts; "none" = untargeted.
         restarts: runs with fresh starts; per image the best is kept, by misclassification, then by loss.
+        first_draw: number of the first restart among the starts that counters give; restart r uses first_draw + r.
         num_classes: needed for random targets.
         loss_scale: power of two on the summed loss that keeps 16-bit gradients from underflowing (Xie & Yuille: 128).
         check_input: refuse images outside the box, before the loop (this waits for the device once).
@@ -65,6 +66,7 @@ class PGD:
     loss: str = "ce"
     target: TargetRule = "none"
     restarts: int = 1
+    first_draw: int = 0
     num_classes: int | None = None
     loss_scale: float = 1.0
     check_input: bool = True
@@ -83,6 +85,8 @@ class PGD:
             raise ConfigError(f"step_size must be above 0, got {self.step_size}")
         if self.restarts < 1:
             raise ConfigError(f"restarts must be at least 1, got {self.restarts}")
+        if self.first_draw < 0:
+            raise ConfigError(f"first_draw must be at least 0, got {self.first_draw}")
         if not 0 <= self.start_clean_probability <= 1:
             raise ConfigError(f"start_clean_probability must be in [0, 1], got {self.start_clean_probability}")
         if self.target.startswith("random") and self.num_classes is None:
@@ -217,7 +221,7 @@ class PGD:
                     seed=seed,
                     epoch=epoch,
                     sample_ids=ids,
-                    draw=restart,
+                    draw=self.first_draw + restart,
                     kind=self.start,
                     std=self.start_std,
                     clean_probability=self.start_clean_probability,

@@ -53,9 +53,8 @@ def _certify(args: argparse.Namespace, root: Path) -> tuple[dict[str, Any], list
     from distributed_at.bench import precision
     from distributed_at.data.sources import open_split
     from distributed_at.engine.builder import num_classes_of
-    from distributed_at.engine.checkpoint import CheckpointManager
     from distributed_at.engine.runfolder import RunFolder
-    from distributed_at.engine.weights import find_checkpoint, load_network
+    from distributed_at.engine.weights import open_network
     from distributed_at.evaluation import evaluation_ids, ids_hash, weights_hash
     from distributed_at.recipes import load_recipe
     from distributed_at.rng import EVALUATION_EPOCH
@@ -66,10 +65,9 @@ def _certify(args: argparse.Namespace, root: Path) -> tuple[dict[str, Any], list
     folder = RunFolder(root)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_split(config.data, args.split, seed=config.seed)
-    manager = CheckpointManager(folder.checkpoints)
-    path = find_checkpoint(folder, manager, args.checkpoint, config)
+    saved = open_network(folder, config, args.checkpoint, num_classes=source.num_classes)
+    path, network = saved.path, saved.network.to(device)
     classes = num_classes_of(config, source)
-    network = load_network(config, manager, path, num_classes=classes).to(device)
     reasons = precision.available_precisions(device)
     test = precision.PrecisionTest(
         network, config.attack, num_classes=classes, seed=config.seed,

@@ -101,10 +101,8 @@ def _figure6(record: RunRecord, args: argparse.Namespace) -> Drawn:
     from distributed_at.attacks import PGD
     from distributed_at.data.order import StepOrder
     from distributed_at.data.sources import open_split
-    from distributed_at.engine.builder import num_classes_of
-    from distributed_at.engine.checkpoint import CheckpointManager
     from distributed_at.engine.runfolder import RunFolder
-    from distributed_at.engine.weights import find_checkpoint, load_network
+    from distributed_at.engine.weights import open_network
     from distributed_at.evaluation.layer_statistics import batch_statistics, choose_layer, norm_layer_names
     from distributed_at.observe.figures import LayerStatistics, batch_and_running, sample_channels
     from distributed_at.rng import EVALUATION_EPOCH
@@ -114,14 +112,8 @@ def _figure6(record: RunRecord, args: argparse.Namespace) -> Drawn:
     assert config.attack is not None
     group = config.train.bn_group_size or config.train.micro_batch_size or config.train.batch_size
     with open_split(config.data, "train", seed=config.seed) as source:
-        manager = CheckpointManager(folder.checkpoints)
-        network = load_network(
-            config,
-            manager,
-            find_checkpoint(folder, manager, "last", config),
-            num_classes=num_classes_of(config, source),
-            average=False,  # the running statistics are those of the weights that were trained
-        )
+        # the running statistics are those of the weights that were trained
+        network = open_network(folder, config, "last", num_classes=source.num_classes, average=False).network
         layer = choose_layer(norm_layer_names(network.state_dict()), args.layer)
         order = StepOrder(source.num_samples, group, seed=config.seed, drop_last=True, sample_ids=source.sample_ids)
         attack = PGD.from_config(config.attack, num_classes=source.num_classes)

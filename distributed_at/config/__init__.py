@@ -19,7 +19,7 @@ from distributed_at.config.base import (
     Strict,
 )
 from distributed_at.config.data import AugmentConfig, DataConfig
-from distributed_at.config.evaluation import EvalAttackConfig, EvaluationConfig
+from distributed_at.config.evaluation import EvaluationConfig, EvaluationEntry, evaluation_entry
 from distributed_at.config.model import ModelConfig
 from distributed_at.config.objective import ObjectiveSection
 from distributed_at.config.run import LogConfig, RunConfig
@@ -44,8 +44,8 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EmaConfig",
-    "EvalAttackConfig",
     "EvaluationConfig",
+    "EvaluationEntry",
     "LogConfig",
     "ModelConfig",
     "Norm",
@@ -58,4 +58,5 @@ __all__ = [
     "ScheduleConfig",
     "Strict",
     "TrainConfig",
+    "evaluation_entry",
 ]

@@ -32,10 +32,12 @@ class Choice:
 class Section:
     """Annotates a section whose class depends on its ``name``: ``objective: Annotated[Base, Section(OBJECTIVES)]``.
 
-    An entry of the registry has the section's class as its attribute ``Config``.
+    An entry of the registry has the section's class as its attribute ``Config``; ``tag`` is the field that chooses. A
+    class may have ``earlier_spelling``, which turns a section as earlier versions wrote it into today's.
     """
 
     registry: Registry[Any]
+    tag: str = "name"
     default: str | None = None  # name of a section that gives none
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -59,20 +61,26 @@ class Section:
             return value
         if not isinstance(value, Mapping):
             raise PydanticCustomError("dict_type", "Input should be a section")
-        name = value.get("name", self.default)
+        name = value.get(self.tag, self.default)
         if name is None:
             raise PydanticCustomError(
-                "union_tag_not_found", "name is required", {"expected_tags": ", ".join(map(repr, self.registry))}
+                "union_tag_not_found",
+                f"{self.tag} is required",
+                {"expected_tags": ", ".join(map(repr, self.registry)), "tag": self.tag},
             )
         if name not in self.registry:
-            raise not_registered(self.registry, name, code="union_tag_invalid")
+            raise not_registered(self.registry, name, code="union_tag_invalid", tag=self.tag)
         config: type[BaseModel] = self.registry[name].Config
+        value = config.earlier_spelling(value) if hasattr(config, "earlier_spelling") else value
         # the inner ValidationError keeps its places, to which pydantic adds this section's
         if info.mode == "json":
             return config.model_validate_json(json.dumps(value))
         return config.model_validate(value)
 
 
-def not_registered(registry: Registry[Any], value: Any, *, code: str = "literal_error") -> PydanticCustomError:
+def not_registered(
+    registry: Registry[Any], value: Any, *, code: str = "literal_error", tag: str = "name"
+) -> PydanticCustomError:
     """Return pydantic's error for a value that is no name of the registry, in the form of its own errors."""
-    return PydanticCustomError(code, f"not a {registry.kind}", {"expected_tags": ", ".join(map(repr, registry))})
+    tags = ", ".join(map(repr, registry))
+    return PydanticCustomError(code, f"not a {registry.kind}", {"expected_tags": tags, "tag": tag})

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from distributed_at.config import CheckpointConfig
+from distributed_at.engine.builder import num_classes_of
 from distributed_at.engine.checkpoint import CheckpointManager
 from distributed_at.engine.checkpoint_state import after_load, shard_places, training_tensors, whole_networks
 from distributed_at.engine.nonfinite import weights_finite
@@ -61,6 +62,9 @@ class Checkpoints:
             "world_size": parts.world.world_size,
             "batch_size": parts.plan.batch_size,
             "seed": parts.config.seed,
+            "num_classes": num_classes_of(parts.config, parts.source),
+            "image_size": parts.source.image_size,
+            "class_names": list(parts.source.class_names),
             "frozen_bn": parts.engine.frozen_bn,
             "nonfinite": trainer.guard.state_dict(),
             "meters": gather_all(trainer.meters.state(), trainer.world),

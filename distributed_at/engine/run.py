@@ -21,13 +21,13 @@ from distributed_at.engine.runfolder import RunFolder
 from distributed_at.engine.runlock import RunLock
 from distributed_at.engine.trainer import Outcome, Trainer
 from distributed_at.engine.validation import Validator
+from distributed_at.engine.views import remote_views
 from distributed_at.engine.watchdog import Watchdog, section_timeouts
 from distributed_at.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE, UserError
 from distributed_at.observe.console import ConsoleView
 from distributed_at.observe.environment import changes, collect_environment, read_environment, write_environment
 from distributed_at.observe.events import EventLog, View, next_restart
 from distributed_at.observe.secrets import without_secrets
-from distributed_at.observe.wandb import WandbView
 
 
 def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, quiet: bool = False) -> int:
@@ -116,18 +116,7 @@ def _open_events(world: World, config: RunConfig, folder: RunFolder, lock: RunLo
     views: list[View] = (
         [] if quiet else [ConsoleView(file=sys.stderr, name=config.name, total_epochs=config.train.epochs)]
     )
-    if config.log.wandb != "off":
-        views.append(
-            WandbView(
-                folder.root,
-                mode=config.log.wandb,
-                name=config.name,
-                project=config.log.wandb_project,
-                entity=config.log.wandb_entity,
-                tags=config.log.tags,
-                config=config.model_dump(mode="json"),
-            )
-        )
+    views += remote_views(config, folder)
     events = EventLog(folder.root, restart=restart, views=views)
     if lock is not None and lock.took_over is not None:
         message = f"the folder's lock was left by {lock.took_over}"

@@ -11,9 +11,10 @@ from distributed_at.config import RunConfig
 from distributed_at.data.source import ImageSource
 from distributed_at.data.sources import open_split
 from distributed_at.engine.builder import Parts
+from distributed_at.engine.evaluate_run import measure
 from distributed_at.engine.parallel import World
 from distributed_at.engine.twin import aliased_copy
-from distributed_at.evaluation import EvaluationResult, evaluate_entry
+from distributed_at.evaluation import EvaluationResult, Execution, Subject
 
 
 class Validator:
@@ -59,18 +60,11 @@ class Validator:
 
     def run(self, parts: Parts) -> Sequence[EvaluationResult]:
         """Evaluate every protocol of the recipe now."""
-        network = self._evaluation_copy(parts)
-        return [
-            result
-            for what in self._config.evaluation.validation
-            for result in evaluate_entry(
-                network,
-                self._source,
-                what,
-                training_attack=self._config.attack,
-                seed=self._config.seed,
-                architecture=self._config.model.model_dump_json(),
-                device=self._world.device,
-                alive=self._alive,
-            )
-        ]
+        subject = Subject(
+            network=self._evaluation_copy(parts),
+            description=self._config.model.model_dump_json(),
+            training_attack=self._config.attack,
+            seed=self._config.seed,
+        )
+        execution = Execution(device=self._world.device, alive=self._alive)
+        return measure(subject, self._source, self._config.evaluation.validation, execution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import nn
 from distributed_at.config import RunConfig
 from distributed_at.engine.builder import build_network
 from distributed_at.engine.checkpoint import CheckpointManager
+from distributed_at.engine.checkpoint_files import BadCheckpoint, read_manifest
 from distributed_at.engine.checkpoint_state import BUFFER, EMA, MODEL
 from distributed_at.engine.runfolder import RunFolder
 from distributed_at.errors import CheckpointError
@@ -45,6 +47,42 @@ def find_checkpoint(folder: RunFolder, manager: CheckpointManager, which: str, c
             return candidate
     raise CheckpointError(
         f"no checkpoint {which!r} in {folder.checkpoints}: give 'best', 'last' or a step_XXXXXXXX folder"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedNetwork:
+    """A network with the weights of one checkpoint, and where that stands in the run."""
+
+    network: nn.Module
+    path: Path
+    step: int
+    epoch: float
+
+
+def open_network(
+    folder: RunFolder, config: RunConfig, which: str = "auto", *, num_classes: int | None = None, average: bool = True
+) -> SavedNetwork:
+    """Return the network of the checkpoint that ``which`` names, on the CPU and in eval mode.
+
+    ``num_classes``: for checkpoints of earlier versions, which do not say it; others need no data to be opened.
+    ``average``: use the averaged weights where the recipe keeps them (Gowal et al., section 4.3).
+
+    Raises:
+        CheckpointError: it does not exist, or does not fit the recipe.
+    """
+    manager = CheckpointManager(folder.checkpoints)
+    path = find_checkpoint(folder, manager, which, config)
+    try:
+        metadata = read_manifest(path).metadata
+    except BadCheckpoint as bad:
+        raise CheckpointError(f"{path}: {bad}") from None
+    classes = config.data.num_classes or metadata.get("num_classes") or num_classes
+    if classes is None:
+        raise CheckpointError(f"{path} does not say how many classes its network has: give data.num_classes")
+    network = load_network(config, manager, path, num_classes=int(classes), average=average)
+    return SavedNetwork(
+        network=network, path=path, step=int(metadata.get("step", 0)), epoch=float(metadata.get("epoch", 0.0))
     )
 
 

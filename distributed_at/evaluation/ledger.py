@@ -19,10 +19,13 @@ from typing import Any
 import numpy as np
 
 from distributed_at.errors import UserError
+from distributed_at.evaluation.legacy import format_1_hash
 from distributed_at.evaluation.protocol import Protocol
 from distributed_at.evaluation.rows import COLUMNS, Rows, empty_rows
 from distributed_at.files import write_atomically
 
+PROTOCOL_FILE = "protocol.json"
+EARLIER = "earlier_hash"
 _GLOB = "rows-*.jsonl"
 # columns that must agree where a sample was evaluated twice; a loss may differ by rounding between machines
 _MUST_AGREE = ("label", "clean_prediction", "correct_clean", "correct_adv")
@@ -57,8 +60,9 @@ def _from_json(line: bytes) -> dict[str, Any] | None:
 class Ledger:
     """The rows of one protocol in one folder.
 
-    ``Ledger.open`` creates the folder and its ``protocol.json``; ``append`` adds rows durably; ``read`` returns the
-    union of all writers' rows. A ledger opened in a folder of another protocol is refused.
+    ``Ledger.of`` finds or creates a protocol's folder among all evaluations, also one that an earlier version named
+    by another hash; ``append`` adds rows durably; ``read`` returns the union of all writers' rows. A ledger opened in
+    a folder of another protocol is refused.
     """
 
     folder: Path
@@ -66,18 +70,31 @@ class Ledger:
     _path: Path | None = field(default=None, repr=False)
 
     @classmethod
+    def of(cls, evaluations: Path, protocol: Protocol) -> Ledger:
+        """Open or create the ledger of a protocol below ``evaluations``."""
+        folder = evaluations / protocol.folder_name
+        earlier = format_1_hash(protocol)
+        if not folder.exists() and earlier is not None:
+            before = evaluations / f"{protocol.slug}-{earlier[:12]}"
+            folder = before if before.exists() else folder
+        return cls.open(folder, protocol)
+
+    @classmethod
     def open(cls, folder: Path, protocol: Protocol) -> Ledger:
         """Open or create the ledger of a protocol in ``folder`` (the protocol's own folder)."""
         folder.mkdir(parents=True, exist_ok=True)
-        record = folder / "protocol.json"
+        record = folder / PROTOCOL_FILE
+        content = json.dumps(protocol.to_dict(), indent=1, sort_keys=True) + "\n"
         if record.exists():
             stored = json.loads(record.read_text(encoding="utf-8")).get("hash")
-            if stored != protocol.hash:
+            if stored == format_1_hash(protocol):
+                write_atomically(record, content.replace("{", f'{{\n "{EARLIER}": "{stored}",', 1))
+            elif stored != protocol.hash:
                 raise LedgerConflictError(
                     f"{folder} holds results of protocol {str(stored)[:12]}, not of {protocol.short_hash}"
                 )
         else:
-            write_atomically(record, json.dumps(protocol.to_dict(), indent=1, sort_keys=True) + "\n")
+            write_atomically(record, content)
         return cls(folder=folder, protocol_hash=protocol.hash)
 
     def append(self, rows: Rows) -> None:
@@ -96,14 +113,23 @@ class Ledger:
             handle.flush()
             os.fsync(handle.fileno())
 
+    def _owners(self) -> set[str]:
+        """Return the hashes that rows here may carry: the protocol's, and the one that an earlier version gave it."""
+        try:
+            stored = json.loads((self.folder / PROTOCOL_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {self.protocol_hash}
+        return {self.protocol_hash, str(stored[EARLIER])} if EARLIER in stored else {self.protocol_hash}
+
     def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        owners = self._owners()
         for path in sorted(self.folder.glob(_GLOB)):
             header, *lines = path.read_bytes().split(b"\n")
             try:
                 owner = json.loads(header)["protocol"]
             except (ValueError, KeyError, TypeError):
                 continue  # torn before its first row
-            if owner != self.protocol_hash:
+            if owner not in owners:
                 raise LedgerConflictError(
                     f"{path} holds rows of protocol {owner[:12]}, not of {self.protocol_hash[:12]}"
                 )

@@ -1,7 +1,9 @@
 """What an evaluation measured, as a frozen record with a hash: two numbers are comparable exactly when hashes agree.
 
-Building a protocol decides nothing about how the work is spread: batch size, world size and device count are not in
-it. The record only holds; running it is ``runner.py``.
+Here stands what every evaluation depends on; what belongs to one kind stands in its file in ``kinds/``, as a subclass.
+The hash leaves out what stands at its default. So a field that is added later, with a default that means what was done
+before, changes no hash that exists; and a default, once released, never changes. How the work is spread (batch size,
+world size, devices) is no part of a protocol. The record only holds; running it is ``runner.py``.
 """
 
 from __future__ import annotations
@@ -9,35 +11,39 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
-import torch
 
-from distributed_at.attacks.threat import Norm
-from distributed_at.config import AttackConfig, EvalAttackConfig
-from distributed_at.errors import ConfigError
+from distributed_at.evaluation.kinds import KINDS
+from distributed_at.lazy import torch
 
-# Samples that AutoAttack treats together. Its random numbers depend on the samples beside one another, so the chunk
-# is part of the protocol and not of how the work is spread.
-AUTOATTACK_CHUNK = 128
-_STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-AUTOATTACK_VERSIONS = {
-    "standard": _STANDARD,
-    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
-    "rand": ("apgd-ce", "apgd-dlr"),
-    "fast": ("apgd-ce", "apgd-t"),
-}
-_FORMAT = 1
+if TYPE_CHECKING:
+    from distributed_at.attacks.threat import Norm
+    from distributed_at.config import AttackConfig, EvaluationEntry
+
+FORMAT = 2
+P = TypeVar("P", bound="Protocol")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Everything that a robust accuracy depends on. ``eps`` and ``step_size`` are in /255, ``start_std`` in [0, 1].
+    """What every accuracy depends on; a kind's own protocol adds its settings.
 
-    Attributes that belong to another ``kind`` keep their defaults. ``title`` is for people and not part of the hash.
+    Attributes:
+        kind: name in ``KINDS``.
+        weights: ``weights_hash`` of the network.
+        data_ids: ``ids_hash`` of the samples; num_samples: how many they are.
+        model: the architecture in words or JSON, for what the weights do not tell (activation, pixel normalisation).
+        branch: norm branch, 'adv' or 'clean'.
+        dataset, split, preprocessing: where the pixels come from, as the source says it.
+        pixel_box: smallest and largest pixel.
+        dtype: arithmetic of the forwards.
+        scope: 'clean_correct' where only samples that are right before the attack are attacked, else 'all'.
+        target: rule of a targeted attack, 'none' otherwise.
+        attacks: names of the attacks in the order that they run; a row says which one broke its sample.
+        title: for people; no part of the hash.
     """
 
     kind: str
@@ -51,42 +57,28 @@ class Protocol:
     preprocessing: str = ""
     pixel_box: tuple[float, float] = (0.0, 1.0)
     num_classes: int = 0
-    norm: Norm = "linf"
-    eps: float = 0.0
-    step_size: float = 0.0
-    num_steps: int = 0
-    restarts: int = 0
-    start: str = ""
-    start_std: float = 0.0
-    clip_start: bool = True
-    start_clean_probability: float = 0.0
-    target: str = "none"
-    loss: str = ""
-    scope: str = "clean_correct"
-    bn_mode: str = "eval"
-    seed: int = 0
     dtype: str = "fp32"
-    version: str = ""
+    scope: str = "clean_correct"
+    target: str = "none"
     attacks: tuple[str, ...] = ()
-    num_targets: int = 0
-    num_queries: int = 0
-    eot_steps: int = 1
-    chunk_size: int = 0
-    libraries: tuple[tuple[str, str], ...] = ()
     title: str = field(default="", compare=False)
 
+    # fields whose value may be written as a whole number or a list
+    _floats: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
-        for name in ("eps", "step_size", "start_std", "start_clean_probability"):
+        for name in self._floats:
             object.__setattr__(self, name, float(getattr(self, name)))  # 8 and 8.0 are one radius, so one hash
         object.__setattr__(self, "pixel_box", tuple(float(v) for v in self.pixel_box))
         object.__setattr__(self, "attacks", tuple(self.attacks))
-        object.__setattr__(self, "libraries", tuple(sorted((str(k), str(v)) for k, v in self.libraries)))
 
     def canonical(self) -> str:
-        """Return the canonical JSON that the hash is taken of: sorted keys, no spaces, no title."""
-        content = asdict(self)
-        del content["title"]
-        content["format"] = _FORMAT
+        """Return the JSON that the hash is taken of: what differs from its default; sorted keys, no spaces, no title."""
+        content: dict[str, Any] = {"format": FORMAT}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name != "title" and (one.default is MISSING or value != one.default):
+                content[one.name] = value
         return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @property
@@ -107,40 +99,67 @@ class Protocol:
     @property
     def default_name(self) -> str:
         """Name made from the protocol alone."""
-        if self.kind == "clean":
-            return "clean"
-        ball = f"{self.norm} {self.eps:g}/255"
-        if self.kind == "autoattack":
-            form = "AutoAttack" if self.version == "standard" else f"AutoAttack-{self.version}"
-            reduced = "" if (self.num_steps, self.num_queries) in ((100, 5000), (100, 0)) else " (reduced budget)"
-            return f"{form} {ball}{reduced}"
-        parts = [f"PGD-{self.num_steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")]
-        parts += [] if self.loss == "ce" else [self.loss]
-        parts += [] if self.target == "none" else ["targeted"]
-        return " ".join([*parts, ball])
+        return self.kind
 
     @property
     def folder_name(self) -> str:
         """Folder below ``evaluations/``: readable, and unique by the short hash."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.default_name.lower()).strip("-")
-        return f"{slug}-{self.short_hash}"
+        return f"{self.slug}-{self.short_hash}"
+
+    @property
+    def slug(self) -> str:
+        """The default name in letters that every file system takes."""
+        return re.sub(r"[^a-z0-9]+", "-", self.default_name.lower()).strip("-")
+
+    @property
+    def attacked(self) -> bool:
+        """Whether the kind attacks at all."""
+        return KINDS[self.kind].attacked
 
     @property
     def metric(self) -> str:
         """``clean_accuracy`` or ``robust_accuracy``."""
-        return "clean_accuracy" if self.kind == "clean" else "robust_accuracy"
+        return "robust_accuracy" if self.attacked else "clean_accuracy"
+
+    @property
+    def ball(self) -> tuple[str, float] | None:
+        """Norm and radius (/255) of the attack's ball, None where there is none."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON types, with name and hash, as summaries and events show it."""
-        return {**json.loads(self.canonical()), "name": self.name, "hash": self.hash}
+        """Return the whole record as JSON types, with name and hash, as summaries and events show it."""
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "title"}
+        return {**json.loads(json.dumps(values)), "format": FORMAT, "name": self.name, "hash": self.hash}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Protocol:
-        """Rebuild a protocol from ``to_dict``; keys that are no fields (name, hash, format) are ignored."""
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in content.items() if k in known}
-        values["libraries"] = tuple(tuple(pair) for pair in values.get("libraries", ()))
-        return cls(**values)
+        """Rebuild a protocol from ``to_dict``, of this version or an earlier one; keys that are no fields are ignored.
+
+        Raises:
+            ConfigError: the kind is not known here.
+        """
+        own = KINDS[str(content["kind"])].Record
+        known = {one.name for one in fields(own)}
+        return own(**{key: _tuples(value) for key, value in content.items() if key in known})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackProtocol(Protocol):
+    """What every attack inside a ball depends on. ``eps`` is in /255; ``seed`` is that of starts and targets."""
+
+    norm: Norm = "linf"
+    eps: float = 0.0
+    seed: int = 0
+
+    _floats: ClassVar[tuple[str, ...]] = ("eps",)
+
+    @property
+    def ball(self) -> tuple[str, float]:
+        return self.norm, self.eps
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def ids_hash(ids: np.ndarray) -> str:
@@ -157,39 +176,8 @@ def effective_dtype(dtype: str, device: torch.device) -> str:
     return "tf32" if any(b.fp32_precision == "tf32" for b in backends) else dtype
 
 
-def autoattack_plan(version: str, num_classes: int) -> tuple[tuple[str, ...], int]:
-    """Return AutoAttack's attacks and number of target classes for a version, fitted to the number of classes.
-
-    The published attacks aim at 9 classes, and their targeted DLR loss divides by the gap to the fourth logit (Croce
-    & Hein 2020, section 4): with fewer than 10 classes all wrong classes are aimed at; with 3 classes the targeted
-    APGD gives way to the untargeted DLR loss; with 2 there is no DLR loss at all.
-    """
-    if version not in AUTOATTACK_VERSIONS:
-        raise ConfigError(f"version: {version!r} is none of {', '.join(AUTOATTACK_VERSIONS)}")
-    if num_classes < 2:
-        raise ConfigError(f"AutoAttack needs at least 2 classes, got {num_classes}")
-    attacks = list(AUTOATTACK_VERSIONS[version])
-    if num_classes < 4 and "apgd-t" in attacks:
-        attacks[attacks.index("apgd-t")] = "apgd-dlr"
-        attacks = list(dict.fromkeys(attacks))
-    if num_classes < 3:
-        attacks = [a for a in attacks if a != "apgd-dlr"]
-    targeted = any(a.endswith("-t") for a in attacks)
-    return tuple(attacks), min(9, num_classes - 1) if targeted else 0
-
-
-def resolve_attack(config: EvalAttackConfig, training_attack: AttackConfig | None) -> AttackConfig | None:
-    """Return the attack of an evaluation: its own, else the training attack's threat; None for clean accuracy."""
-    if config.kind == "clean":
-        return None
-    attack = config.attack or training_attack
-    if attack is None:
-        raise ConfigError(f"evaluation kind {config.kind!r} needs attack: {{eps, ...}}: the run has no training attack")
-    return attack
-
-
 def build_protocol(
-    config: EvalAttackConfig,
+    entry: EvaluationEntry,
     *,
     weights: str,
     ids: np.ndarray,
@@ -202,9 +190,7 @@ def build_protocol(
     preprocessing: str = "",
     seed: int = 0,
     device: torch.device | str = "cpu",
-    chunk_size: int = AUTOATTACK_CHUNK,
-    num_steps: int = 100,
-    num_queries: int = 5000,
+    **settings: Any,
 ) -> Protocol:
     """Turn one evaluation of a recipe into the record of everything that its number depends on.
 
@@ -214,57 +200,28 @@ def build_protocol(
     Args:
         weights: ``weights_hash`` of the model.
         ids: (N,) sample ids that the number is over.
-        model: the architecture in words or JSON, for what the weights do not tell (activation, normalisation).
-        chunk_size, num_steps, num_queries: AutoAttack alone; smaller budgets are named as such.
+        training_attack: threat of an evaluation that names none of its own.
+        settings: values of the kind's own fields that no recipe says, such as AutoAttack's budgets.
 
     Raises:
         ConfigError: where the configuration cannot be run.
     """
+    kind = KINDS[entry.kind]
+    attack = kind.attack_of(entry, training_attack)
     common: dict[str, Any] = {
-        "kind": config.kind,
+        "kind": entry.kind,
         "weights": weights,
         "data_ids": ids_hash(ids),
         "num_samples": len(np.unique(ids)),
         "model": model,
-        "branch": branch or config.branch or "adv",
+        "branch": branch or entry.branch or "adv",
         "dataset": dataset,
         "split": split,
         "preprocessing": preprocessing,
         "num_classes": num_classes,
-        "title": config.name or "",
+        "dtype": effective_dtype("fp32" if attack is None else attack.dtype, torch.device(device)),
+        "title": entry.name or "",
     }
-    attack = resolve_attack(config, training_attack)
-    if attack is None:
-        return Protocol(**common, dtype=effective_dtype("fp32", torch.device(device)))
-    common.update(norm=attack.norm, eps=attack.eps, seed=seed)
-    common["dtype"] = effective_dtype(attack.dtype, torch.device(device))
-    if config.kind == "autoattack":
-        attacks, num_targets = autoattack_plan(config.version, num_classes)
-        return Protocol(
-            **common,
-            version=config.version,
-            attacks=attacks,
-            num_targets=num_targets,
-            num_steps=num_steps,
-            num_queries=num_queries if "square" in attacks else 0,
-            restarts=5 if config.version == "plus" else 1,
-            eot_steps=20 if config.version == "rand" else 1,
-            chunk_size=chunk_size,
-            libraries=(("pyautoattack", metadata.version("pyautoattack")),),
-        )
-    return Protocol(
-        **common,
-        step_size=attack.effective_step_size,
-        num_steps=attack.num_steps,
-        restarts=attack.restarts,
-        start=attack.start,
-        start_std=attack.start_std if attack.start == "gaussian" else 0.0,
-        clip_start=attack.clip_start,
-        start_clean_probability=attack.start_clean_probability,
-        target=attack.target,
-        loss=attack.loss,
-        # A targeted attack may turn a mistake into a hit, and published targeted numbers are over all images
-        # (Xie & Yuille 2020, section 3), so there nothing may be skipped.
-        scope="clean_correct" if attack.target == "none" else "all",
-        attacks=("pgd",),
-    )
+    if attack is not None:
+        common |= {"norm": attack.norm, "eps": attack.eps, "seed": seed}
+    return kind.Record(**{**common, **kind.settings(entry, attack, num_classes), **settings})

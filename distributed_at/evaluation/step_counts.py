@@ -6,57 +6,44 @@ attack is shared, so PGD-{20, 100, 500, 2000} (Xie & Yuille 2020, table 7) cost 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
-from distributed_at.config import EvalAttackConfig
-from distributed_at.errors import ConfigError
-from distributed_at.evaluation.quiet import Model
-from distributed_at.evaluation.result import EvaluationResult
-from distributed_at.evaluation.runner import evaluate
-from distributed_at.evaluation.siblings import Siblings
-from distributed_at.evaluation.source import Source
+from distributed_at.evaluation.kinds.pgd import PgdProtocol
+from distributed_at.evaluation.ledger import Ledger
+from distributed_at.evaluation.protocol import Protocol
+from distributed_at.evaluation.rows import Rows, concatenate
 
 
-def singles(what: EvalAttackConfig) -> list[EvalAttackConfig]:
-    """Return an entry of a recipe as one entry a number of steps, rising; itself where it names no ``checkpoints``.
+class FewerSteps:
+    """Keeps what one PGD run learns at fewer steps, as rows of those protocols, in memory and in ledgers of their own."""
 
-    A name that holds the number of steps gets each one's own (``pgd2000`` -> ``pgd20``); others get it appended.
-    """
-    if not what.checkpoints:
-        return [what]
-    assert what.attack is not None
-    steps, name = what.attack.num_steps, what.name
-    shared = {"step_size": what.attack.effective_step_size, "step_rule": "explicit"}
-    found = []
-    for count in what.checkpoints:
-        own = (
-            None if name is None else name.replace(str(steps), str(count)) if str(steps) in name else f"{name}-{count}"
-        )
-        attack = what.attack.model_copy(update={**shared, "num_steps": count})
-        found.append(what.model_copy(update={"checkpoints": (), "name": own, "attack": attack}))
-    return [*found, what.model_copy(update={"checkpoints": ()})]
+    def __init__(self, titles: dict[int, str]) -> None:
+        """``titles``: number of steps -> name for tables, empty for the protocol's own."""
+        self._titles = titles
+        self._ledgers: dict[int, Ledger] = {}
+        self._parts: dict[int, list[Rows]] = {count: [] for count in titles}
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of steps, rising."""
+        return tuple(sorted(self._titles))
 
-def evaluate_entry(
-    model: Model, source: Source, what: EvalAttackConfig, *, folder: Path | None = None, **arguments: Any
-) -> list[EvaluationResult]:
-    """Measure an entry of a recipe: one result, or one a number of steps where it names ``checkpoints``, rising.
+    def open(self, protocol: Protocol, folder: Path | None) -> None:
+        """Open a ledger for each number of steps beside that of ``protocol``, below ``folder``."""
+        if folder is None:
+            return
+        for count, title in self._titles.items():
+            assert isinstance(protocol, PgdProtocol)
+            own = dataclasses.replace(protocol, num_steps=count, title=title)
+            self._ledgers[count] = Ledger.of(folder, own)
 
-    Every number is that of ``evaluate`` on the single protocol, sample by sample. Arguments are those of ``evaluate``.
+    def add(self, count: int, rows: Rows) -> None:
+        """Keep rows of PGD-``count``."""
+        if count in self._ledgers:
+            self._ledgers[count].append(rows)
+        self._parts[count].append(rows)
 
-    Raises:
-        ConfigError: as ``evaluate``.
-    """
-    if not what.checkpoints:
-        return [evaluate(model, source, what, folder=folder, **arguments)]
-    if what.kind != "pgd":
-        raise ConfigError(f"checkpoints belong to evaluations of kind 'pgd', this one is {what.kind!r}")
-    *fewer, longest = singles(what)
-    siblings = Siblings({one.attack.num_steps: one.name for one in fewer if one.attack is not None})
-    last = evaluate(model, source, longest, folder=folder, siblings=siblings, **arguments)
-    results = []
-    for one, count in zip(fewer, siblings.counts, strict=True):
-        # what an interrupted pass did not write is computed here, on its own
-        results.append(evaluate(model, source, one, folder=folder, given=siblings.rows(count), **arguments))
-    return [*results, last]
+    def rows(self, count: int) -> Rows:
+        """Return all rows of PGD-``count`` that this process made."""
+        return concatenate(self._parts[count])

@@ -7,24 +7,73 @@ numbers that it rests on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from distributed_at.evaluation.kinds.autoattack import AutoAttackProtocol
+from distributed_at.evaluation.kinds.pgd import PgdProtocol
 from distributed_at.evaluation.result import EvaluationResult
+
+Level = Literal["bad", "note"]
+
+# Every verdict that this package gives: code -> (how grave it is, title). Those of training are found in ``observe``.
+TITLES: dict[str, tuple[Level, str]] = {
+    "stronger_attack_is_weaker": ("bad", "A stronger attack does less"),
+    "pgd_overestimates": ("bad", "PGD overestimates robustness"),
+    "single_step_masking": ("bad", "Robust against single steps alone"),
+    "query_attack_beats_gradients": ("bad", "An attack without gradients does more"),
+    "vanishing_gradients": ("bad", "Input gradients vanish"),
+    "attack_improves_accuracy": ("bad", "Attack makes it better"),
+    "no_better_than_guessing": ("bad", "No better than guessing"),
+    "not_robust": ("note", "Not robust"),
+    "loss_not_finite": ("bad", "Loss not finite"),
+    "robustness_collapsed": ("bad", "Robustness collapsed while training"),
+    "robust_overfitting": ("note", "Robust overfitting"),
+}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One suspicion: a stable ``code``, a sentence for people, and the numbers behind it."""
+    """One suspicion: a stable ``code`` of ``TITLES``, a sentence for people, and the numbers behind it."""
 
     code: str
     message: str
     numbers: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if self.code not in TITLES:
+            raise ValueError(f"{self.code!r} is no verdict; add it to TITLES")
+
+    @property
+    def level(self) -> Level:
+        """'bad' where the number cannot be trusted or the run failed, 'note' otherwise."""
+        return TITLES[self.code][0]
+
+    @property
+    def title(self) -> str:
+        """A few words for headings."""
+        return TITLES[self.code][1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON types, as events and ``eval --json`` show them."""
+        return {
+            "code": self.code,
+            "level": self.level,
+            "title": self.title,
+            "message": self.message,
+            "numbers": self.numbers,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Verdict:
+        """Rebuild a verdict from ``to_dict``."""
+        return cls(str(content["code"]), str(content["message"]), dict(content.get("numbers") or {}))
 
 
 def _sign_test(more: int, less: int) -> float:
@@ -125,33 +174,42 @@ def vanishing_gradients(
     )
 
 
-def _is_pgd(result: EvaluationResult) -> bool:
-    return result.protocol.kind == "pgd" and result.protocol.target == "none"
-
-
 def judge(results: Sequence[EvaluationResult]) -> list[Verdict]:
     """Return every suspicion that a set of results of one model raises; untargeted attacks of one ball are compared."""
     found: list[Verdict | None] = []
-    pgds = sorted((r for r in results if _is_pgd(r)), key=lambda r: (r.protocol.num_steps, r.protocol.restarts))
-    autos = [r for r in results if r.protocol.kind == "autoattack"]
-
-    def same_ball(a: EvaluationResult, b: EvaluationResult) -> bool:
-        names = ("weights", "branch", "split", "dataset", "norm", "eps")
-        return all(getattr(a.protocol, n) == getattr(b.protocol, n) for n in names)
-
+    untargeted = [r for r in results if r.protocol.attacked and r.protocol.target == "none"]
+    pgds = sorted(
+        (r for r in untargeted if isinstance(r.protocol, PgdProtocol)),
+        key=lambda r: (r.protocol.num_steps, r.protocol.restarts),  # type: ignore[attr-defined]
+    )
     for i, weak in enumerate(pgds):
         for strong in pgds[i + 1 :]:
-            if not same_ball(weak, strong) or weak.protocol.num_steps == strong.protocol.num_steps:
-                continue
-            found.append(stronger_is_weaker(weak, strong))
-            # a single step that cannot reach the ball's surface is weak by itself and tells nothing
-            if weak.protocol.num_steps == 1 and weak.protocol.step_size >= weak.protocol.eps:
-                found.append(single_step_gap(weak, strong))
-    for auto in autos:
-        found.append(query_attack_helps(auto))
-        for pgd in pgds:
-            if same_ball(pgd, auto):
-                found.append(stronger_is_weaker(pgd, auto))
-                if pgd.protocol.num_steps > 1:
-                    found.append(autoattack_gap(pgd, auto))
+            found += _compare_pgd(weak, strong)
+    for auto in untargeted:
+        if isinstance(auto.protocol, AutoAttackProtocol):
+            found.append(query_attack_helps(auto))
+            for pgd in pgds:
+                if _same_ball(pgd, auto):
+                    found.append(stronger_is_weaker(pgd, auto))
+                    assert isinstance(pgd.protocol, PgdProtocol)
+                    if pgd.protocol.num_steps > 1:
+                        found.append(autoattack_gap(pgd, auto))
     return [verdict for verdict in found if verdict is not None]
+
+
+def _same_ball(a: EvaluationResult, b: EvaluationResult) -> bool:
+    names = ("weights", "branch", "split", "dataset", "ball")
+    return all(getattr(a.protocol, n) == getattr(b.protocol, n) for n in names)
+
+
+def _compare_pgd(weak: EvaluationResult, strong: EvaluationResult) -> list[Verdict | None]:
+    few, many = weak.protocol, strong.protocol
+    assert isinstance(few, PgdProtocol)
+    assert isinstance(many, PgdProtocol)
+    if not _same_ball(weak, strong) or few.num_steps == many.num_steps:
+        return []
+    found = [stronger_is_weaker(weak, strong)]
+    # a single step that cannot reach the ball's surface is weak by itself and tells nothing
+    if few.num_steps == 1 and few.step_size >= few.eps:
+        found.append(single_step_gap(weak, strong))
+    return found

@@ -8,10 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from distributed_at.errors import ConfigError
-from distributed_at.evaluation.kinds.autoattack import run_autoattack
+from distributed_at.evaluation.kinds import KINDS
 from distributed_at.evaluation.outcome import Outcome
-from distributed_at.evaluation.kinds.pgd import run_pgd
 from distributed_at.evaluation.protocol import Protocol
 from distributed_at.evaluation.quiet import Model
 from distributed_at.evaluation.rows import CLEAN, SURVIVED, Rows
@@ -58,12 +56,8 @@ class Work:
         self.device, self.batch_size = device, batch_size
         self.forward = make_forward(model, protocol, device, beat)
 
-    def rows(self, ids: np.ndarray) -> Rows:
-        """Return the rows of ``ids`` (N,), which for AutoAttack are one whole chunk."""
-        return self.rows_by_steps(ids)[self.protocol.num_steps]
-
-    def rows_by_steps(self, ids: np.ndarray) -> dict[int, Rows]:
-        """Return number of steps -> rows of ``ids`` (N,): the protocol's own, and those of ``counts``."""
+    def rows(self, ids: np.ndarray) -> tuple[Rows, dict[int, Rows]]:
+        """Return the rows of a piece of work, ids (N,), and number of steps -> rows for each of ``counts``."""
         protocol = self.protocol
         images, labels = self.source.read(ids, epoch=0, train=False, seed=0)
         x = images.to(self.device).float().div_(255)  # (N, C, H, W), [0, 1]
@@ -76,14 +70,21 @@ class Work:
         chosen = torch.arange(len(y), device=self.device)
         if protocol.scope == "clean_correct":
             chosen = chosen[correct_clean]
-        outcomes: dict[int, Outcome | None] = {protocol.num_steps: None}
-        if protocol.kind != "clean":
-            on_the_way = {count: Outcome.unbroken(y[chosen]) for count in self.counts}
-            outcomes = {protocol.num_steps: self._attack(x, y, chosen, ids, on_the_way), **on_the_way}
-        return {
-            count: self._judged(ids, y, clean, correct_clean, loss, chosen, outcome)
-            for count, outcome in outcomes.items()
-        }
+        on_the_way = {count: Outcome.unbroken(y[chosen]) for count in self.counts}
+        outcome = KINDS[protocol.kind].attack(
+            self.forward,
+            x[chosen],
+            y[chosen],
+            ids=torch.from_numpy(ids).to(self.device)[chosen],
+            piece=ids,
+            protocol=protocol,
+            on_the_way=on_the_way,
+        )
+
+        def rows_of(outcome: Outcome | None) -> Rows:
+            return self._judged(ids, y, clean, correct_clean, loss, chosen, outcome)
+
+        return rows_of(outcome), {count: rows_of(fewer) for count, fewer in on_the_way.items()}
 
     def _judged(
         self,
@@ -119,20 +120,3 @@ class Work:
             target_hit=hit.cpu().numpy(),
             attack=broken_by.astype(np.str_),
         )
-
-    def _attack(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        chosen: torch.Tensor,
-        ids: np.ndarray,
-        on_the_way: dict[int, Outcome],
-    ) -> Outcome:
-        if self.protocol.kind == "autoattack":
-            return run_autoattack(self.forward, x[chosen], y[chosen], chunk_ids=ids, protocol=self.protocol)
-        if self.protocol.kind == "pgd":
-            sample_ids = torch.from_numpy(ids).to(self.device)[chosen]
-            return run_pgd(
-                self.forward, x[chosen], y[chosen], ids=sample_ids, protocol=self.protocol, on_the_way=on_the_way
-            )
-        raise ConfigError(f"kind: {self.protocol.kind!r} is none of clean, pgd, autoattack")

@@ -57,7 +57,6 @@ class WorstCase:
 
 # the ball, the model and the arithmetic must agree for an intersection to mean one adversary
 _SHARED = ("weights", "model", "branch", "dataset", "split", "preprocessing", "pixel_box")
-_BALL = ("norm", "eps")
 
 
 def worst_case(results: Sequence[EvaluationResult]) -> WorstCase:
@@ -72,13 +71,13 @@ def worst_case(results: Sequence[EvaluationResult]) -> WorstCase:
     if not results:
         raise IncomparableError("worst_case needs at least one result, got none")
     first = results[0].protocol
-    ball = next((r.protocol for r in results if r.protocol.kind != "clean"), first)
+    ball = next((r.protocol.ball for r in results if r.protocol.ball is not None), None)
     standing = np.unique(results[0].rows.sample_id)
     total, remaining = len(standing), []
     for result in results:
         protocol = result.protocol
         names = [n for n in _SHARED if getattr(protocol, n) != getattr(first, n)]
-        names += [n for n in _BALL if protocol.kind != "clean" and getattr(protocol, n) != getattr(ball, n)]
+        names += ["the ball"] if protocol.ball not in (None, ball) else []
         if names:
             raise IncomparableError(f"{protocol.name} and {first.name} differ in {', '.join(names)}")
         missing = np.setdiff1d(standing, result.rows.sample_id)
@@ -98,7 +97,7 @@ def worst_cases(results: Sequence[EvaluationResult]) -> list[WorstCase]:
     """Return the worst case of each model, ball and set of samples that at least two attacks of ``results`` share."""
     groups: dict[tuple[Any, ...], list[EvaluationResult]] = {}
     for result in results:
-        if result.protocol.kind != "clean":
-            names = (*_SHARED, *_BALL, "data_ids")
-            groups.setdefault(tuple(getattr(result.protocol, name) for name in names), []).append(result)
+        if result.protocol.attacked:
+            shared = tuple(getattr(result.protocol, name) for name in (*_SHARED, "data_ids"))
+            groups.setdefault((*shared, result.protocol.ball), []).append(result)
     return [worst_case(group) for group in groups.values() if len(group) > 1]

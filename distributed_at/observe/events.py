@@ -20,7 +20,7 @@ from distributed_at.observe.encoding import from_json, to_json
 from distributed_at.observe.secrets import redact, secret_values
 
 EVENTS_FILE = "events.jsonl"
-KINDS = ("run_start", "restart", "train", "evaluation", "checkpoint", "epoch", "warning", "run_end")
+KINDS = ("run_start", "restart", "train", "evaluation", "verdict", "checkpoint", "epoch", "warning", "run_end")
 LONGEST_BACKLOG = 10_000  # rows kept in memory while the disk refuses them; then the oldest go
 VIEW_FAILURES = 10  # consecutive; after that many a view is no longer called
 STATE_KINDS = ("train", "evaluation", "checkpoint", "epoch")  # what a restart at step s undoes past s
@@ -209,6 +209,8 @@ def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
         protocol = row.get("protocol")
         name = protocol.get("name") if isinstance(protocol, Mapping) else protocol
         return event, step, row.get("split"), name, row.get("branch"), row.get("metric")
+    if event == "verdict":  # those of the last evaluation of a split stand
+        return event, row.get("split")
     return event, step
 
 

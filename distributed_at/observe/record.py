@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,10 @@ from typing import Any
 
 import yaml
 
-from distributed_at.errors import DataError
+from distributed_at.errors import ConfigError, DataError
+from distributed_at.evaluation.kinds import KINDS
+from distributed_at.evaluation.protocol import Protocol
+from distributed_at.evaluation.verdicts import TITLES, Verdict
 from distributed_at.observe.environment import read_environment
 from distributed_at.observe.events import EVENTS_FILE, read_events, select
 from distributed_at.statistics import wilson
@@ -45,8 +49,13 @@ class Measurement:
     @property
     def is_clean(self) -> bool:
         """True where no attack was made."""
-        kind = str(self.details.get("kind") or self.protocol).lower()
-        return self.metric.startswith("clean") or kind.startswith(("clean", "natural"))
+        return self.metric.startswith("clean") or self.protocol.lower().startswith(("clean", "natural"))
+
+    @property
+    def strength(self) -> int:
+        """Place in tables: clean first, then attacks, ensembles last."""
+        kind = str(self.details.get("kind") or "")
+        return KINDS[kind].strength if kind in KINDS else int(not self.is_clean)
 
     @property
     def identity(self) -> tuple[str, str, str, str]:
@@ -55,8 +64,15 @@ class Measurement:
 
     @property
     def way(self) -> dict[str, Any]:
-        """How it was measured, whatever the model: the protocol without the fields that name the weights."""
-        return {key: value for key, value in self.details.items() if key not in MODEL_FIELDS}
+        """How it was measured, whatever the model: what the protocol says beside the weights and its defaults.
+
+        A protocol that an earlier version recorded is read as this one would record it.
+        """
+        content = dict(self.details)
+        if content.get("kind") in KINDS:
+            with contextlib.suppress(TypeError, ValueError, ConfigError):
+                content = json.loads(Protocol.from_dict(content).canonical())
+        return {key: value for key, value in content.items() if key not in MODEL_FIELDS}
 
     def comparable(self, other: Measurement) -> bool:
         """True where both were measured in the same way: equal hashes, or equal protocols apart from the model."""
@@ -97,6 +113,21 @@ class RunRecord:
         """Classes of the data, from the recipe."""
         data = self.section("data")
         return data.get("num_classes") or NUM_CLASSES.get(str(data.get("dataset")))
+
+    def held_out(self) -> dict[tuple[str, ...], list[Measurement]]:
+        """Return the evaluations made while training, by (split, protocol, branch, metric), in order of step."""
+        found: dict[tuple[str, ...], list[Measurement]] = {}
+        for row in self.rows("evaluation"):
+            one = parse_measurement(row)
+            if one is not None and one.split != "test" and one.epoch is not None:
+                found.setdefault((one.split, one.protocol, one.branch, one.metric), []).append(one)
+        return found
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """Verdicts that evaluations of this run kept in its events; of each split those of the last evaluation."""
+        kept = [content for row in self.rows("verdict") for content in row.get("verdicts") or ()]
+        return [Verdict.from_dict(content) for content in kept if content.get("code") in TITLES]
 
     @property
     def paper_numbers(self) -> Mapping[str, float]:
@@ -158,7 +189,7 @@ def _strength(one: Measurement) -> tuple[bool, bool, int, str, str]:
     """Order of a table: clean first, then attacks by their steps, AutoAttack last."""
     steps = one.details.get("num_steps")
     return (
-        not one.is_clean, one.details.get("kind") == "autoattack", steps if isinstance(steps, int) else 0,
+        not one.is_clean, one.strength > 1, steps if isinstance(steps, int) else 0,
         one.protocol, one.branch,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from distributed_at.evaluation import EvaluationResult, Ledger, worst_cases
+from distributed_at.evaluation import KINDS, EvaluationResult, Ledger, worst_cases
 from distributed_at.observe.record import Measurement, RunRecord, load_run
 from distributed_at.statistics import format_interval, format_percent, mcnemar
 
@@ -39,20 +39,13 @@ def _plain(name: str) -> str:
 
 def _aliases(measurement: Measurement) -> set[str]:
     """Short names under which a paper's number may stand: ``clean``, ``aa``, ``pgd20``, ``pgd10x5``."""
-    details = measurement.details
-    kind = details.get("kind")
-    name = measurement.protocol.split(" ")[0]  # "PGD-20 linf 8/255"
-    found = {_plain(measurement.protocol), _plain(name)}
-    if measurement.is_clean:
-        found.add("clean")
-    if kind == "autoattack" and details.get("version", "standard") != "standard":
-        found.discard("aa")
-    if "(reduced" in measurement.protocol:  # a smaller budget than the paper's is another protocol
-        found.discard("aa")
-    if kind == "pgd" and details.get("num_steps"):
-        restarts = int(details.get("restarts") or 1)
-        found.add(f"pgd{details['num_steps']}" + (f"x{restarts}" if restarts > 1 else ""))
-    return found
+    kind = str(measurement.details.get("kind") or "")
+    if kind in KINDS:
+        return {_plain(name) for name in KINDS[kind].paper_names({**measurement.details, "name": measurement.protocol})}
+    name = measurement.protocol.split(" ")[
+        0
+    ]  # an event of training holds the protocol's name alone: "PGD-20 linf 8/255"
+    return {_plain(measurement.protocol), _plain(name), *(["clean"] if measurement.is_clean else [])}
 
 
 def paper_number(record: RunRecord, measurement: Measurement) -> float | None:

@@ -10,21 +10,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distributed_at.config import AttackConfig, EvalAttackConfig
-from distributed_at.evaluation import build_protocol, evaluate, evaluation_ids, pgd_curve, weights_hash
+from distributed_at.config import AttackConfig, evaluation_entry
+from distributed_at.evaluation import build_protocol, evaluation_ids, weights_hash
 from distributed_at.evaluation.rows import COLUMNS, Rows
 from tests.distributed.launch import run_ranks
-from tests.evaluation_kit import source, trained
+from tests.evaluation_kit import measure, measure_entry, source, trained
 
 SIZE = 53  # no world size below divides it
 ATTACK = AttackConfig(eps=40.0, num_steps=5, step_size=12.0, restarts=2)
-PGD = EvalAttackConfig(kind="pgd", attack=ATTACK)
-TARGETED = EvalAttackConfig(kind="pgd", attack=ATTACK.model_copy(update={"target": "random_other"}))
+PGD = evaluation_entry(kind="pgd", attack=ATTACK)
+TARGETED = evaluation_entry(kind="pgd", attack=ATTACK.model_copy(update={"target": "random_other"}))
 
 
 def autoattack_protocol(model, data):
     return build_protocol(
-        EvalAttackConfig(kind="autoattack", attack=ATTACK),
+        evaluation_entry(kind="autoattack", attack=ATTACK),
         weights=weights_hash(model),
         ids=evaluation_ids(data),
         num_classes=10,
@@ -41,7 +41,7 @@ def everything(folder: str | None, batch_size: int) -> dict:
     for name, what in (("pgd", PGD), ("targeted", TARGETED), ("autoattack", autoattack_protocol(model, data))):
         seen: list[tuple[int, int]] = []
         data.read_ids.clear()
-        result = evaluate(
+        result = measure(
             model,
             data,
             what,
@@ -52,9 +52,10 @@ def everything(folder: str | None, batch_size: int) -> dict:
         numbers = (result.correct, result.total, result.accuracy, result.attack_success_rate, result.protocol.hash)
         out[name] = {"rows": result.rows, "numbers": numbers, "computed": result.computed, "read": len(data.read_ids)}
         assert not seen or seen[-1][0] == seen[-1][1]
-    curve = evaluate(model, data, PGD.model_copy(update={"attack": ATTACK.model_copy(update={"restarts": 1})})).protocol
-    points = pgd_curve(model, data, curve, [0, 2, 5], ids=data.sample_ids, batch_size=batch_size)
-    out["curve"] = [(p.num_steps, p.correct, p.total) for p in points]
+    single = ATTACK.model_copy(update={"restarts": 1})
+    several = evaluation_entry(kind="pgd", attack=single, checkpoints=(1, 2))
+    points = measure_entry(model, data, several, batch_size=batch_size)
+    out["curve"] = [(p.protocol.num_steps, p.correct, p.total) for p in points]
     return out
 
 
@@ -73,7 +74,7 @@ def stop_half_way(folder: str) -> str:
             raise KeyError("killed")
 
     try:
-        evaluate(trained(), source(size=SIZE), PGD, folder=Path(folder), batch_size=6, on_progress=stop)
+        measure(trained(), source(size=SIZE), PGD, folder=Path(folder), batch_size=6, on_progress=stop)
     except (KeyError, RuntimeError) as error:
         return type(error).__name__
     return "finished"
@@ -81,7 +82,7 @@ def stop_half_way(folder: str) -> str:
 
 def resume(folder: str) -> dict:
     data = source(size=SIZE)
-    result = evaluate(trained(), data, PGD, folder=Path(folder), batch_size=4)
+    result = measure(trained(), data, PGD, folder=Path(folder), batch_size=4)
     return {"rows": result.rows, "computed": result.computed, "read": len(data.read_ids)}
 
 
@@ -91,7 +92,7 @@ def differing_weights() -> str:
         with torch.no_grad():
             model.norm.running_mean += 1
     try:
-        evaluate(model, source(size=6), PGD)
+        measure(model, source(size=6), PGD)
     except RuntimeError as error:
         return str(error)
     return "no error"
@@ -151,7 +152,7 @@ def test_rows_are_the_same_on_one_two_and_three_ranks(launches: Launches) -> Non
 def test_a_failure_on_one_rank_ends_all_and_another_world_size_resumes(launches: Launches) -> None:
     assert [rank["stopped"] for rank in launches.two] == ["RuntimeError", "KeyError"]
     assert 12 <= launches.stored < SIZE
-    whole = evaluate(trained(), source(size=SIZE), PGD)
+    whole = measure(trained(), source(size=SIZE), PGD)
     for rank in launches.three:
         assert_same_rows(whole.rows, rank["resumed"]["rows"])
         assert rank["resumed"]["computed"] == SIZE - launches.stored
@@ -165,4 +166,4 @@ def test_ranks_with_different_buffers_are_an_error_on_every_rank(launches: Launc
 
 def test_world_size_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(ValueError, match="rank"):
-        evaluate(trained(steps=1), source(size=6), PGD, rank=2, world_size=2)
+        measure(trained(steps=1), source(size=6), PGD, rank=2, world_size=2)

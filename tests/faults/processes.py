@@ -157,7 +157,7 @@ class SlowEvaluation:
     def __call__(self, rank: int) -> Iterator[None]:
         from distributed_at.evaluation.work import Work
 
-        real, left = Work.rows_by_steps, list(self.seconds) if rank == self.rank else []
+        real, left = Work.rows, list(self.seconds) if rank == self.rank else []
 
         def waiting(work: Work, ids: Any) -> Any:
             if left:
@@ -166,7 +166,7 @@ class SlowEvaluation:
 
         limits = {"setup": 3600.0, "step": 3600.0, "checkpoint": 3600.0, "evaluation": self.limit}
         with (
-            mock.patch.object(Work, "rows_by_steps", waiting),
+            mock.patch.object(Work, "rows", waiting),
             mock.patch("distributed_at.engine.run.section_timeouts", return_value=limits),
         ):
             yield

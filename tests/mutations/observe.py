@@ -81,9 +81,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "PGD with restarts gets the paper's number without",
-        "observe/tables.py",
-        ' + (f"x{restarts}" if restarts > 1 else "")',
-        "",
+        "evaluation/kinds/pgd.py",
+        """{f"pgd{details.get('num_steps')}" + (f"x{restarts}" if restarts > 1 else "")}""",
+        """{f"pgd{details.get('num_steps')}"}""",
         _NUMBERS + "test_attack_with_restarts_is_another_row_of_the_paper",
     ),
     Mutation(
@@ -179,21 +179,21 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "test results are drawn as held-out ones",
-        "observe/report/curves.py",
+        "observe/record.py",
         'one.split != "test" and ',
         "",
         _NUMBERS + "test_only_the_test_split_is_a_result_and_only_the_rest_was_held_out",
     ),
     Mutation(
         "the weakest attack is quoted",
-        "observe/report/verdict.py",
+        "observe/verdicts.py",
         "return min((m for m in found if (m.total",
         "return max((m for m in found if (m.total",
         "tests/unit/test_report.py::test_quoted_robustness_is_the_lowest_on_most_images",
     ),
     Mutation(
         "the clean branch's accuracy is quoted beside the robust one's",
-        "observe/report/verdict.py",
+        "observe/verdicts.py",
         'if m.branch in ("adv", "")',
         'if m.branch in ("clean", "")',
         _REPORT + "test_large_numbers_and_verdict_are_those_of_the_branch_that_faces_the_attack",
@@ -207,7 +207,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "overlapping intervals are called apart",
-        "observe/report/verdict.py",
+        "observe/verdicts.py",
         "first.low > second.high or second.low > first.high",
         "first.low > second.low or second.low > first.low",
         _REPORT + "test_runs_differ_only_where_their_intervals_are_apart",

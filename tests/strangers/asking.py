@@ -11,18 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distributed_at.config import AttackConfig, EvalAttackConfig
-from distributed_at.evaluation import (
-    CurvePoint,
-    EvaluationResult,
-    Protocol,
-    build_protocol,
-    evaluate,
-    evaluate_entry,
-    pgd_curve,
-    weights_hash,
-)
-from tests.evaluation_kit import MemorySource, digits
+from distributed_at.config import AttackConfig, EvaluationEntry, evaluation_entry
+from distributed_at.evaluation import EvaluationResult, build_protocol, weights_hash
+from tests.evaluation_kit import MemorySource, digits, measure, measure_entry
 
 
 class Witness(nn.Module):
@@ -116,28 +107,21 @@ def arrays(source: MemorySource) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def ask(network: nn.Module, source: MemorySource, what: Any, **arguments: Any) -> EvaluationResult:
     """Evaluate one protocol."""
-    return evaluate(network, source, what, **arguments)
+    return measure(network, source, what, **arguments)
 
 
 def ask_entry(
-    network: nn.Module, source: MemorySource, what: EvalAttackConfig, **arguments: Any
+    network: nn.Module, source: MemorySource, what: EvaluationEntry, **arguments: Any
 ) -> list[EvaluationResult]:
     """Evaluate an entry of a recipe that may name several numbers of steps."""
-    return evaluate_entry(network, source, what, **arguments)
-
-
-def ask_curve(
-    network: nn.Module, source: MemorySource, protocol: Protocol, steps: list[int], **arguments: Any
-) -> list[CurvePoint]:
-    """Read robust accuracy at several numbers of steps off one attack."""
-    return pgd_curve(network, source, protocol, steps, **arguments)
+    return measure_entry(network, source, what, **arguments)
 
 
 def ask_pgd(
     network: nn.Module, source: MemorySource, *, seed: int, batch_size: int = 7, **attack: Any
 ) -> EvaluationResult:
     """Evaluate PGD as a recipe states it."""
-    what = EvalAttackConfig(kind="pgd", attack=AttackConfig(**attack))
+    what = evaluation_entry(kind="pgd", attack=AttackConfig(**attack))
     return ask(network, source, what, seed=seed, batch_size=batch_size)
 
 
@@ -155,7 +139,7 @@ def ask_autoattack(
 ) -> EvaluationResult:
     """Evaluate AutoAttack; ``attacks``: these alone; ``budget``: num_steps, num_queries, chunk_size as in a protocol."""
     attack = AttackConfig(norm=norm, eps=eps, num_steps=1, step_size=eps)
-    what = EvalAttackConfig(kind="autoattack", version=version, attack=attack)
+    what = evaluation_entry(kind="autoattack", version=version, attack=attack)
     protocol = build_protocol(
         what, weights=weights_hash(network), ids=source.sample_ids, num_classes=source.num_classes, seed=seed, **budget
     )

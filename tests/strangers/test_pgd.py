@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distributed_at.config import AttackConfig, EvalAttackConfig
+from distributed_at.config import AttackConfig, evaluation_entry
 from tests.strangers import pgd
-from tests.strangers.asking import arrays, ask, ask_curve, ask_entry, ask_pgd, subject
+from tests.strangers.asking import arrays, ask, ask_entry, ask_pgd, subject
 from tests.strangers.checking import assert_inside, assert_same_rows, judged_images
 
 NETWORKS = ("trained", "untrained")
@@ -89,7 +89,7 @@ def test_each_number_of_steps_of_one_pass_is_that_of_a_pgd_written_by_hand(targe
     counts, values = (1, 2, 4), {**LINF, "num_steps": 7, "step_size": 9.0, "target": target}
     network, source = subject("trained")
     x, y, ids = arrays(source)
-    entry = EvalAttackConfig(kind="pgd", attack=AttackConfig(**values), checkpoints=counts)
+    entry = evaluation_entry(kind="pgd", attack=AttackConfig(**values), checkpoints=counts)
     found = ask_entry(network, source, entry, seed=SEED, batch_size=5)
     expected = pgd.along(network, pgd.Plan(**values, seed=SEED), x, y, ids, (*counts, 7))
     assert [one.protocol.num_steps for one in found] == [1, 2, 4, 7]
@@ -97,22 +97,6 @@ def test_each_number_of_steps_of_one_pass_is_that_of_a_pgd_written_by_hand(targe
         assert_same_rows(one, expected[one.protocol.num_steps], source)
     losses = [one.rows.loss for one in found]
     assert all((a != b).any() for a, b in itertools.pairwise(losses))
-
-
-def test_curve_over_steps_counts_what_a_pgd_written_by_hand_leaves() -> None:
-    network, source = subject("untrained")
-    x, y, ids = arrays(source)
-    aimed = {"eps": 12.0, "step_size": 3.0, "target": "random_any"}
-    for values in ({**LINF, "eps": 6.0, "step_size": 1.5}, {**LINF, **aimed}):
-        protocol = ask_pgd(network, source, seed=SEED, **values).protocol
-        rows = pgd.along(network, pgd.Plan(**values, seed=SEED), x, y, ids, (0, 1, 3, 5))
-        points = ask_curve(network, source, protocol, [5, 0, 3, 1], ids=ids, batch_size=6)
-        expected = [(k, sum(row.correct_adv for row in rows[k]), len(x)) for k in (0, 1, 3, 5)]
-        assert [(p.num_steps, p.correct, p.total) for p in points] == expected
-        if "target" not in values:
-            assert expected[0][1] > expected[-1][1]
-        else:  # aimed at its label, an image that was wrong may become right, and counts
-            assert any(row.correct_adv and not row.correct_clean for row in rows[5])
 
 
 def test_step_rule_of_xie_and_yuille_lengthens_short_steps_and_leaves_long_ones() -> None:
@@ -132,7 +116,7 @@ def test_clean_accuracy_is_what_the_network_says_of_the_untouched_images() -> No
         plan = pgd.Plan(eps=0.0, num_steps=0, step_size=1.0, start="zero")
         rows = pgd.attack(network, plan, x, y, ids)
         network.forget()
-        result = ask(network, source, EvalAttackConfig(kind="clean"), batch_size=9)
+        result = ask(network, source, evaluation_entry(kind="clean"), batch_size=9)
         assert_same_rows(result, rows, source)
         assert network.asked == {"calls": -(-len(x) // 9), "images": len(x)}
         assert 0 < result.correct < len(x)

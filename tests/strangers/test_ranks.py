@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distributed_at.config import AttackConfig, EvalAttackConfig
+from distributed_at.config import AttackConfig, EvaluationEntry, evaluation_entry
 from distributed_at.evaluation import EvaluationResult, Ledger
 from distributed_at.observe.record import load_run
 from tests.distributed.launch import run_ranks
@@ -25,8 +25,8 @@ TARGETED = {**ATTACK, "target": "random_other"}
 AUTOATTACK: dict[str, Any] = {"version": "fast", "eps": 5.0, "seed": 9, "num_steps": 5, "chunk_size": 12}
 
 
-def entry(**attack: Any) -> EvalAttackConfig:
-    return EvalAttackConfig(kind="pgd", attack=AttackConfig(**attack))
+def entry(**attack: Any) -> EvaluationEntry:
+    return evaluation_entry(kind="pgd", attack=AttackConfig(**attack))
 
 
 def on_one_of_two() -> dict[str, EvaluationResult]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distributed_at.config import EvalAttackConfig, EvaluationConfig, TrainConfig
+from distributed_at.config import EvaluationConfig, TrainConfig, evaluation_entry
 from distributed_at.engine.progress import EarlyStopping
 from tests.strangers.test_statistics import made_up
 
 EVALUATION = EvaluationConfig(
-    validation=(EvalAttackConfig(kind="clean"), EvalAttackConfig(kind="clean", name="robust"))
+    validation=(evaluation_entry(kind="clean"), evaluation_entry(kind="clean", name="robust"))
 )
 # Held-out images right, of 20, after each epoch of ten steps: clean, and under attack.
 CLEAN = [11, 17, 12, 19, 20, 18, 16]

@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 
 from distributed_at.bench.precision import _mean
-from distributed_at.evaluation import EvaluationResult, Protocol, Rows, judge, worst_case, worst_cases
+from distributed_at.evaluation import EvaluationResult, Protocol, Rows, judge, worst_cases
 from distributed_at.evaluation.verdicts import autoattack_gap, query_attack_helps, single_step_gap, stronger_is_weaker
+from distributed_at.evaluation.worst_case import worst_case
 from distributed_at.statistics import mcnemar, wilson
 
 
@@ -32,7 +33,8 @@ def made_up(
         target_hit=np.zeros(len(ids)) + hit,
         attack=np.where(right, "", attack),
     )
-    made = Protocol(weights="w", data_ids="d", num_samples=len(ids), **values)
+    # which leaves out what belongs to another kind
+    made = Protocol.from_dict({"weights": "w", "data_ids": "d", "num_samples": len(ids), **values})
     return EvaluationResult(protocol=made, rows=rows, seconds=1.0, computed=len(ids), expected=len(ids))
 
 

@@ -7,16 +7,18 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from distributed_at.config import AttackConfig, EvalAttackConfig
-from distributed_at.evaluation import autoattack, build_protocol, evaluate, evaluation_ids, weights_hash
+from distributed_at.config import AttackConfig, evaluation_entry
+from distributed_at.evaluation import build_protocol, evaluation_ids, weights_hash
+from distributed_at.evaluation.kinds import autoattack
 from distributed_at.evaluation.outcome import ThreatViolationError, inside_ball, perturbation_size
 from distributed_at.evaluation.rows import COLUMNS
-from tests.evaluation_kit import source, trained
+from tests.evaluation_kit import measure, source, trained
 
 EPS = 30.0
 
@@ -29,7 +31,7 @@ def model():
 def protocol_for(model, data, *, eps: float = EPS, num_steps: int = 8, num_queries: int = 40, **changes):
     version = changes.pop("version", "standard")
     norm = changes.pop("norm", "linf")
-    config = EvalAttackConfig(
+    config = evaluation_entry(
         kind="autoattack", version=version, attack=AttackConfig(norm=norm, eps=eps, num_steps=1, step_size=eps / 2)
     )
     return build_protocol(
@@ -48,10 +50,10 @@ def assert_same(a, b) -> None:
 
 def test_autoattack_leaves_no_more_right_than_pgd(model) -> None:
     data = source(size=80)
-    pgd = evaluate(
-        model, data, EvalAttackConfig(kind="pgd", attack=AttackConfig(eps=EPS, num_steps=10, step_size=EPS / 4))
+    pgd = measure(
+        model, data, evaluation_entry(kind="pgd", attack=AttackConfig(eps=EPS, num_steps=10, step_size=EPS / 4))
     )
-    auto = evaluate(model, data, protocol_for(model, data, num_steps=25))
+    auto = measure(model, data, protocol_for(model, data, num_steps=25))
     assert 0 < auto.correct <= pgd.correct < pgd.clean_correct
     assert sum(auto.broken_by().values()) == auto.clean_correct - auto.correct
     assert auto.broken_by()["apgd-ce"] > 0
@@ -59,7 +61,7 @@ def test_autoattack_leaves_no_more_right_than_pgd(model) -> None:
 
 def test_natural_model_falls_to_zero() -> None:
     natural, data = trained(), source(size=40)
-    result = evaluate(natural, data, protocol_for(natural, data, eps=80.0, version="fast", num_steps=20))
+    result = measure(natural, data, protocol_for(natural, data, eps=80.0, version="fast", num_steps=20))
     assert result.clean_accuracy > 0.9
     assert result.correct == 0
 
@@ -67,13 +69,13 @@ def test_natural_model_falls_to_zero() -> None:
 def test_resumed_equals_uninterrupted_and_batch_size_does_not_matter(model, tmp_path: Path) -> None:
     data = source(size=50)
     protocol = protocol_for(model, data)
-    whole = evaluate(model, data, protocol)
-    evaluate(model, source(size=50), protocol, folder=tmp_path)
+    whole = measure(model, data, protocol)
+    measure(model, source(size=50), protocol, folder=tmp_path)
     (rows,) = tmp_path.glob("*/rows-*.jsonl")
     lines = rows.read_bytes().splitlines(keepends=True)
     rows.write_bytes(b"".join(lines[:25]) + lines[25][:30])  # the second chunk lost half of its rows
     again = source(size=50)
-    resumed = evaluate(model, again, protocol, folder=tmp_path, batch_size=3)
+    resumed = measure(model, again, protocol, folder=tmp_path, batch_size=3)
     assert resumed.computed == 50 - 24
     assert again.sample_ids[0] not in again.read_ids  # the finished chunk was left alone
     assert_same(whole, resumed)
@@ -93,14 +95,10 @@ def test_every_adversarial_image_lies_in_ball_and_box_and_fools(model) -> None:
             seen.append((out, clean))
             return out
 
-        original = autoattack.inside_ball
-        autoattack.inside_ball = watch
-        try:
+        with mock.patch("distributed_at.evaluation.outcome.inside_ball", watch):
             outcome = autoattack.run_autoattack(
                 network, x[right], y[right], chunk_ids=data.sample_ids, protocol=protocol
             )
-        finally:
-            autoattack.inside_ball = original
         assert outcome.broken.any()
         for adv, clean in seen:
             assert (perturbation_size(adv, clean, norm=norm) <= eps / 255).all()
@@ -113,13 +111,13 @@ def test_images_outside_the_ball_are_refused_and_not_counted(model, monkeypatch)
     protocol = protocol_for(model, data)
     monkeypatch.setattr(autoattack, "_run_one", lambda tools, name, x, y, restarts: 1 - x)
     with pytest.raises(ThreatViolationError, match="radius"):
-        evaluate(model, data, protocol)
+        measure(model, data, protocol)
 
 
 def test_claims_of_the_attack_are_not_believed(model, monkeypatch) -> None:
     data = source(size=16)
     monkeypatch.setattr(autoattack, "_run_one", lambda tools, name, x, y, restarts: x)  # "adversarial" = clean
-    result = evaluate(model, data, protocol_for(model, data))
+    result = measure(model, data, protocol_for(model, data))
     assert result.correct == result.clean_correct > 0
 
 
@@ -147,7 +145,7 @@ def test_input_outside_the_pixel_box_is_refused(model) -> None:
 def test_few_classes_are_attacked_without_crash_and_broken(num_classes: int) -> None:
     model = trained(num_classes, steps=40)
     data = source(num_classes, size=24)
-    result = evaluate(model, data, protocol_for(model, data, eps=110.0, num_steps=10))
+    result = measure(model, data, protocol_for(model, data, eps=110.0, num_steps=10))
     assert result.correct < result.clean_correct
 
 
@@ -163,7 +161,7 @@ def test_plus_keeps_its_restarts_in_every_chunk(model, monkeypatch) -> None:
 
     monkeypatch.setattr(FABAttack_PT, "perturb", spy)
     data = source(size=32)
-    evaluate(model, data, protocol_for(model, data, version="plus", num_steps=2, num_queries=2))
+    measure(model, data, protocol_for(model, data, version="plus", num_steps=2, num_queries=2))
     assert used == [(False, 5, 9), (True, 1, 9)] * 2
 
 
@@ -176,7 +174,7 @@ def test_seed_depends_on_the_chunk_and_not_on_what_ran_before() -> None:
 
 def test_another_seed_is_another_run(model) -> None:
     data = source(size=32)
-    results = [evaluate(model, data, protocol_for(model, data, seed=s)) for s in (0, 1)]
+    results = [measure(model, data, protocol_for(model, data, seed=s)) for s in (0, 1)]
     assert (results[0].rows.loss != results[1].rows.loss).any()
 
 
@@ -189,7 +187,7 @@ def test_trace_function_and_logger_survive(model) -> None:
     sys.settrace(trace)
     try:
         data = source(size=8)
-        evaluate(model, data, protocol_for(model, data, num_steps=1, num_queries=1))
+        measure(model, data, protocol_for(model, data, num_steps=1, num_queries=1))
         assert sys.gettrace() is trace
         assert logger.level == level
     finally:
@@ -200,7 +198,7 @@ def test_budget_of_the_protocol_is_what_runs(model) -> None:
     data = source(size=32)
     weak = protocol_for(model, data, version="fast", num_steps=1)
     strong = dataclasses.replace(weak, num_steps=25)
-    assert evaluate(model, data, strong).correct < evaluate(model, data, weak).correct
+    assert measure(model, data, strong).correct < measure(model, data, weak).correct
 
 
 def test_verdicts_belong_to_the_samples_whose_images_were_judged(model, monkeypatch) -> None:
@@ -214,7 +212,7 @@ def test_verdicts_belong_to_the_samples_whose_images_were_judged(model, monkeypa
         return (x + EPS / 255 * gradient.sign()).clamp(0, 1).detach()
 
     monkeypatch.setattr(autoattack, "_run_one", one_step)
-    rows = evaluate(model, data, protocol_for(model, data, version="fast")).rows
+    rows = measure(model, data, protocol_for(model, data, version="fast")).rows
     x, y = data.images.float() / 255, data.all_labels
     prediction = network(one_step(None, "", x, y, 1)).argmax(1).numpy()
     broken = rows.correct_clean & (prediction != rows.label)
@@ -229,6 +227,6 @@ def test_chunks_draw_different_noise_from_seeds_of_their_own(model, monkeypatch)
     monkeypatch.setattr(autoattack, "_run_one", lambda tools, name, x, y, restarts: seeds.append(tools.apgd.seed) or x)
     data = source(size=32)
     protocol = protocol_for(model, data, version="fast")
-    evaluate(model, data, protocol)
+    measure(model, data, protocol)
     expected = [autoattack.chunk_seed(protocol.seed, ids) for ids in (data.sample_ids[:16], data.sample_ids[16:])]
     assert seeds == [expected[0]] * 2 + [expected[1]] * 2

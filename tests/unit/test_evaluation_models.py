@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from distributed_at.config import AttackConfig, DataConfig, EvalAttackConfig, ModelConfig
+from distributed_at.config import AttackConfig, DataConfig, ModelConfig, evaluation_entry
 from distributed_at.data.sources import open_split
-from distributed_at.evaluation import evaluate, weights_hash
+from distributed_at.evaluation import weights_hash
 from distributed_at.models import build_model, on_branch
 from distributed_at.models.norm import BatchNorm, set_bn_mode
+from tests.evaluation_kit import measure
 
-CLEAN = EvalAttackConfig(kind="clean")
+CLEAN = evaluation_entry(kind="clean")
 
 
 def network(norm: str = "bn") -> torch.nn.Module:
@@ -32,7 +33,7 @@ def test_branches_of_a_mixture_norm_are_evaluated_apart_and_named(data) -> None:
             if name.endswith("clean.running_mean"):
                 buffer.add_(torch.randn_like(buffer))
     ids = data.sample_ids[:24]
-    adv, clean = (evaluate(model, data, CLEAN, ids=ids, branch=branch) for branch in ("adv", "clean"))
+    adv, clean = (measure(model, data, CLEAN, ids=ids, branch=branch) for branch in ("adv", "clean"))
     assert (adv.protocol.branch, clean.protocol.branch) == ("adv", "clean")
     assert adv.protocol.hash != clean.protocol.hash
     assert not np.allclose(adv.rows.loss, clean.rows.loss)
@@ -51,7 +52,7 @@ def test_bn_modes_that_a_trainer_set_are_given_back(data) -> None:
     modes = [layer.mode for layer in layers]
     buffers = {k: v.clone() for k, v in model.named_buffers()}
     attack = AttackConfig(eps=16.0, num_steps=2, step_size=8.0)
-    result = evaluate(model, data, EvalAttackConfig(kind="pgd", attack=attack), ids=data.sample_ids[:16])
+    result = measure(model, data, evaluation_entry(kind="pgd", attack=attack), ids=data.sample_ids[:16])
     assert result.total == 16
     assert [layer.mode for layer in layers] == modes
     assert model.training
@@ -59,7 +60,7 @@ def test_bn_modes_that_a_trainer_set_are_given_back(data) -> None:
 
 
 def test_pixels_and_split_of_the_data_are_in_the_protocol(data) -> None:
-    protocol = evaluate(network(), data, CLEAN, ids=data.sample_ids[:4]).protocol
+    protocol = measure(network(), data, CLEAN, ids=data.sample_ids[:4]).protocol
     assert (protocol.dataset, protocol.split, protocol.num_classes) == ("digits", "test", 10)
     assert '"content"' in protocol.preprocessing
     assert protocol.weights == weights_hash(network())

@@ -9,10 +9,11 @@ import pytest
 import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
-from distributed_at.config import AttackConfig, EvalAttackConfig
-from distributed_at.evaluation import autoattack, build_protocol
+from distributed_at.config import AttackConfig, evaluation_entry
+from distributed_at.evaluation import build_protocol
+from distributed_at.evaluation.kinds import autoattack
+from distributed_at.evaluation.kinds.pgd import build_attack, run_pgd
 from distributed_at.evaluation.outcome import Outcome, ThreatViolationError, inside_ball, perturbation_size
-from distributed_at.evaluation.pgd import build_attack, run_pgd
 from distributed_at.evaluation.protocol import effective_dtype
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def linear(x):
 
 def protocol(version="standard", num_classes=10, **attack):
     values = {"eps": 8, "num_steps": 1, "step_size": 2, **attack}
-    config = EvalAttackConfig(kind="autoattack", version=version, attack=AttackConfig(**values))
+    config = evaluation_entry(kind="autoattack", version=version, attack=AttackConfig(**values))
     return build_protocol(config, weights="w", ids=np.arange(4), num_classes=num_classes, seed=5)
 
 
@@ -181,7 +182,7 @@ def test_a_pgd_protocol_is_the_attack_that_runs(start):
         norm="l2", eps=128, num_steps=7, step_size=15, restarts=3, loss="margin", target="most_confusing",
         clip_start=False, **start,
     )  # fmt: skip
-    config = EvalAttackConfig(kind="pgd", attack=attack)
+    config = evaluation_entry(kind="pgd", attack=attack)
     found = build_attack(build_protocol(config, weights="w", ids=np.arange(4), num_classes=10))
     assert (found.threat.norm, found.threat.eps, found.step_size) == ("l2", 128 / 255, 15 / 255)
     assert (found.num_steps, found.restarts, found.start) == (7, 3, start["start"])
@@ -192,14 +193,14 @@ def test_a_pgd_protocol_is_the_attack_that_runs(start):
 
 
 def test_a_protocol_of_clean_accuracy_names_no_attack():
-    made = build_protocol(EvalAttackConfig(kind="clean"), weights="w", ids=np.array([3, 3, 1]), num_classes=10)
-    assert (made.num_samples, made.eps, made.attacks, made.step_size, made.restarts) == (2, 0.0, (), 0.0, 0)
+    made = build_protocol(evaluation_entry(kind="clean"), weights="w", ids=np.array([3, 3, 1]), num_classes=10)
+    assert (made.num_samples, made.ball, made.attacks, made.attacked) == (2, None, (), False)
 
 
 def test_tf32_is_how_a_device_computes_and_not_another_attack():
     """A protocol names it, since the number depends on it; the attack's own arithmetic is float32 then."""
     attack = AttackConfig(eps=8, num_steps=2, step_size=2)
-    made = build_protocol(EvalAttackConfig(kind="pgd", attack=attack), weights="w", ids=np.arange(4), num_classes=10)
+    made = build_protocol(evaluation_entry(kind="pgd", attack=attack), weights="w", ids=np.arange(4), num_classes=10)
     assert made.dtype == "fp32"
     assert build_attack(dataclasses.replace(made, dtype="tf32")) == build_attack(made)
     assert build_attack(dataclasses.replace(made, dtype="fp16")).loss_scale == 128.0
@@ -209,7 +210,7 @@ def test_tf32_is_how_a_device_computes_and_not_another_attack():
 def test_a_targeted_attack_counts_its_hits_in_every_restart_and_an_untargeted_one_none(target):
     """Logits are the first ten pixels, so that 100/255 up on the target and down elsewhere always wins."""
     attack = AttackConfig(eps=100, num_steps=4, step_size=50, restarts=2, target=target)
-    made = build_protocol(EvalAttackConfig(kind="pgd", attack=attack), weights="w", ids=np.arange(6), num_classes=10)
+    made = build_protocol(evaluation_entry(kind="pgd", attack=attack), weights="w", ids=np.arange(6), num_classes=10)
     x = torch.full((6, 1, 4, 4), 0.5) + 0.01 * torch.rand((6, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     y, asked = linear(x).argmax(1), []
     outcome = run_pgd(lambda z: asked.append(len(z)) or linear(z), x, y, ids=torch.arange(6), protocol=made)

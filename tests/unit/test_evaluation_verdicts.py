@@ -1,4 +1,4 @@
-"""Intervals, worst cases, curves and verdicts say what the rows say."""
+"""Intervals, worst cases and verdicts say what the rows say."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from distributed_at.config import AttackConfig, EvalAttackConfig
-from distributed_at.errors import ConfigError
-from distributed_at.evaluation import EvaluationResult, Protocol, Rows, evaluate, judge, pgd_curve, wilson
+from distributed_at.config import AttackConfig, evaluation_entry
+from distributed_at.evaluation import EvaluationResult, Protocol, Rows, judge, wilson
 from distributed_at.evaluation.verdicts import vanishing_gradients
 from distributed_at.evaluation.worst_case import IncomparableError, worst_case, worst_cases
-from tests.evaluation_kit import source, trained
+from tests.evaluation_kit import measure, source, trained
 
 
 def result(correct: int, *, total: int = 500, by: str = "pgd", **changes) -> EvaluationResult:
     """A result in which the first ``correct`` of ``total`` samples survive."""
-    values = {"kind": "pgd", "norm": "linf", "eps": 8, "num_steps": 20, "loss": "ce", **changes}
-    protocol = Protocol(weights="w", data_ids="d", num_samples=total, attacks=values.pop("attacks", ("pgd",)), **values)
+    values = {"kind": "pgd", "norm": "linf", "eps": 8, "num_steps": 20, "loss": "ce", "attacks": ("pgd",), **changes}
+    content = {"weights": "w", "data_ids": "d", "num_samples": total, **values}
+    protocol = Protocol.from_dict(content)  # which leaves out what belongs to another kind
     right = np.arange(total) < correct
     rows = Rows(
         sample_id=np.arange(total),
@@ -96,31 +96,17 @@ def test_worst_cases_are_one_a_ball_over_what_every_attack_left() -> None:
 
 
 def test_results_that_do_not_belong_together_are_not_intersected() -> None:
-    with pytest.raises(IncomparableError, match="eps"):
+    with pytest.raises(IncomparableError, match="the ball"):
         worst_case([result(100), result(90, eps=4)])
     with pytest.raises(IncomparableError, match="left out"):
         worst_case([result(100), result(90, total=95)])
 
 
-def test_curve_agrees_with_separate_attacks() -> None:
-    model, data = trained(), source(size=60)
-
-    def run(steps: int) -> EvaluationResult:
-        attack = AttackConfig(eps=40.0, num_steps=steps, step_size=10.0)
-        return evaluate(model, data, EvalAttackConfig(kind="pgd", attack=attack), seed=2)
-
-    points = pgd_curve(model, data, run(8).protocol, [1, 4, 8], ids=data.sample_ids, batch_size=17)
-    assert [(p.num_steps, p.correct) for p in points] == [(n, run(n).correct) for n in (1, 4, 8)]
-    assert all(m.training for m in model.modules())
-    with pytest.raises(ConfigError, match="steps"):
-        pgd_curve(model, data, run(8).protocol, [9], ids=data.sample_ids)
-
-
 def test_low_precision_is_part_of_the_protocol_and_runs() -> None:
     model, data = trained(), source(size=40)
     attack = AttackConfig(eps=40.0, num_steps=3, step_size=15.0, dtype="bf16")
-    low = evaluate(model, data, EvalAttackConfig(kind="pgd", attack=attack))
-    full = evaluate(model, data, EvalAttackConfig(kind="pgd", attack=attack.model_copy(update={"dtype": "fp32"})))
+    low = measure(model, data, evaluation_entry(kind="pgd", attack=attack))
+    full = measure(model, data, evaluation_entry(kind="pgd", attack=attack.model_copy(update={"dtype": "fp32"})))
     assert low.protocol.dtype == "bf16"
     assert low.protocol.hash != full.protocol.hash
     assert not torch.equal(torch.from_numpy(low.rows.loss), torch.from_numpy(full.rows.loss))

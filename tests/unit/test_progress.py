@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distributed_at.config import EvalAttackConfig, EvaluationConfig, TrainConfig
+from distributed_at.config import EvaluationConfig, TrainConfig, evaluation_entry
 from distributed_at.engine.progress import EarlyStopping, Meters
 from distributed_at.objectives import Terms
 
@@ -126,7 +126,7 @@ def result(correct, name="pgd"):
 
 
 def stopping(patience=None, validation=True):
-    attacks = (EvalAttackConfig(kind="clean"),) if validation else ()
+    attacks = (evaluation_entry(kind="clean"),) if validation else ()
     return EarlyStopping(
         TrainConfig(epochs=9, batch_size=4, patience_epochs=patience), EvaluationConfig(validation=attacks)
     )

@@ -9,20 +9,149 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from pydantic import Field
 
+from distributed_at.config.evaluation import EvaluationEntry
 from distributed_at.errors import ConfigError
-from distributed_at.evaluation.outcome import Outcome, inside_ball
-from distributed_at.evaluation.protocol import Protocol
-from distributed_at.evaluation.quiet import isolated_generators
+from distributed_at.evaluation.kinds.base import EvaluationKind
+from distributed_at.evaluation.protocol import AttackProtocol, Protocol
+from distributed_at.lazy import F, torch
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    from distributed_at.config import AttackConfig
+    from distributed_at.evaluation.kinds.base import Forward
+    from distributed_at.evaluation.outcome import Outcome
+
 _NORMS = {"linf": "Linf", "l2": "L2"}
+# Samples that AutoAttack treats together. Its random numbers depend on the samples beside one another, so the chunk
+# is part of the protocol and not of how the work is spread.
+CHUNK = 128
+NUM_STEPS, NUM_QUERIES = 100, 5000  # the published budgets
+_STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+VERSIONS = {
+    "standard": _STANDARD,
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+    "fast": ("apgd-ce", "apgd-t"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttackProtocol(AttackProtocol):
+    """What AutoAttack's number depends on: version, budgets, the samples treated together, and the library's version."""
+
+    version: str = ""
+    num_targets: int = 0
+    num_steps: int = 0
+    num_queries: int = 0
+    restarts: int = 0
+    eot_steps: int = 1
+    chunk_size: int = 0
+    libraries: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "libraries", tuple(sorted((str(k), str(v)) for k, v in self.libraries)))
+
+    @property
+    def default_name(self) -> str:
+        form = "AutoAttack" if self.version == "standard" else f"AutoAttack-{self.version}"
+        return f"{form} {self.norm} {self.eps:g}/255{'' if self._has_published_budget else ' (reduced budget)'}"
+
+    @property
+    def _has_published_budget(self) -> bool:
+        return self.num_steps == NUM_STEPS and self.num_queries in (NUM_QUERIES, 0)
+
+
+class AutoAttack(EvaluationKind):
+    """Robust accuracy under AutoAttack (Croce & Hein 2020)."""
+
+    class Config(EvaluationEntry):
+        """AutoAttack in one of its versions; of ``attack`` only the threat counts."""
+
+        kind: Literal["autoattack"] = "autoattack"
+        version: Literal["standard", "plus", "rand", "fast"] = Field(
+            default="standard", description="AutoAttack's version; 'fast' = APGD-CE and targeted APGD alone"
+        )
+
+    Record = AutoAttackProtocol
+    strength: ClassVar[int] = 2
+    batch_dependent: ClassVar[bool] = True
+
+    @classmethod
+    def settings(cls, entry: EvaluationEntry, attack: AttackConfig | None, num_classes: int) -> dict[str, Any]:
+        assert isinstance(entry, AutoAttack.Config)
+        attacks, num_targets = autoattack_plan(entry.version, num_classes)
+        return {
+            "version": entry.version,
+            "attacks": attacks,
+            "num_targets": num_targets,
+            "num_steps": NUM_STEPS,
+            "num_queries": NUM_QUERIES if "square" in attacks else 0,
+            "restarts": 5 if entry.version == "plus" else 1,
+            "eot_steps": 20 if entry.version == "rand" else 1,
+            "chunk_size": CHUNK,
+            "libraries": (("pyautoattack", metadata.version("pyautoattack")),),
+        }
+
+    @classmethod
+    def paper_names(cls, details: Mapping[str, Any]) -> set[str]:
+        """Papers print the standard version with its published budget, and nothing else, under 'aa'."""
+        standard = details.get("version") == "standard" and "(reduced" not in str(details.get("name"))
+        return {"aa", "autoattack"} if standard else set()
+
+    @classmethod
+    def forward_units(cls, entry: EvaluationEntry) -> None:
+        return None
+
+    @classmethod
+    def pieces(cls, protocol: Protocol, ids: np.ndarray, missing: np.ndarray, batch_size: int) -> list[np.ndarray]:
+        """Return every fixed chunk that lacks a row."""
+        assert isinstance(protocol, AutoAttackProtocol)
+        chunks = [ids[i : i + protocol.chunk_size] for i in range(0, len(ids), protocol.chunk_size)]
+        return [chunk for chunk in chunks if np.isin(chunk, missing).any()]
+
+    @classmethod
+    def attack(
+        cls,
+        forward: Forward,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        ids: torch.Tensor,
+        piece: np.ndarray,
+        protocol: AutoAttackProtocol,
+        on_the_way: dict[int, Outcome],
+    ) -> Outcome:
+        return run_autoattack(forward, x, y, chunk_ids=piece, protocol=protocol)
+
+
+def autoattack_plan(version: str, num_classes: int) -> tuple[tuple[str, ...], int]:
+    """Return AutoAttack's attacks and number of target classes for a version, fitted to the number of classes.
+
+    The published attacks aim at 9 classes, and their targeted DLR loss divides by the gap to the fourth logit (Croce
+    & Hein 2020, section 4): with fewer than 10 classes all wrong classes are aimed at; with 3 classes the targeted
+    APGD gives way to the untargeted DLR loss; with 2 there is no DLR loss at all.
+    """
+    if version not in VERSIONS:
+        raise ConfigError(f"version: {version!r} is none of {', '.join(VERSIONS)}")
+    if num_classes < 2:
+        raise ConfigError(f"AutoAttack needs at least 2 classes, got {num_classes}")
+    attacks = list(VERSIONS[version])
+    if num_classes < 4 and "apgd-t" in attacks:
+        attacks[attacks.index("apgd-t")] = "apgd-dlr"
+        attacks = list(dict.fromkeys(attacks))
+    if num_classes < 3:
+        attacks = [a for a in attacks if a != "apgd-dlr"]
+    targeted = any(a.endswith("-t") for a in attacks)
+    return tuple(attacks), min(9, num_classes - 1) if targeted else 0
 
 
 def chunk_seed(seed: int, ids: np.ndarray) -> int:
@@ -43,7 +172,7 @@ def _silent_logger() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _toolbox(forward: Forward, protocol: Protocol, device: torch.device, seed: int):
+def _toolbox(forward: Forward, protocol: AutoAttackProtocol, device: torch.device, seed: int) -> Any:
     """Build pyautoattack's four attacks with this protocol's budgets, without its outer loop."""
     try:
         from pyautoattack import AutoAttack
@@ -77,7 +206,7 @@ def _toolbox(forward: Forward, protocol: Protocol, device: torch.device, seed: i
     return tools
 
 
-def _run_one(tools, name: str, x: torch.Tensor, y: torch.Tensor, restarts: int) -> torch.Tensor:
+def _run_one(tools: Any, name: str, x: torch.Tensor, y: torch.Tensor, restarts: int) -> torch.Tensor:
     """Run one attack of the ensemble on samples that are still right; (N, C, H, W) in and out."""
     if name in ("apgd-ce", "apgd-dlr"):
         tools.apgd.loss = name.removeprefix("apgd-")
@@ -94,7 +223,7 @@ def _run_one(tools, name: str, x: torch.Tensor, y: torch.Tensor, restarts: int) 
 
 
 def run_autoattack(
-    forward: Forward, x: torch.Tensor, y: torch.Tensor, *, chunk_ids: np.ndarray, protocol: Protocol
+    forward: Forward, x: torch.Tensor, y: torch.Tensor, *, chunk_ids: np.ndarray, protocol: AutoAttackProtocol
 ) -> Outcome:
     """Attack one chunk's correctly classified samples with the whole ensemble, each attack on what is left.
 
@@ -107,6 +236,9 @@ def run_autoattack(
     Raises:
         ValueError: where the input is not inside [0, 1] (AutoAttack would leave the ball without a word).
     """
+    from distributed_at.evaluation.outcome import Outcome, inside_ball
+    from distributed_at.evaluation.quiet import isolated_generators
+
     if x.numel() and (x.min() < 0 or x.max() > 1):
         raise ValueError(f"AutoAttack needs pixels in [0, 1], got [{x.min():g}, {x.max():g}]")
     outcome = Outcome.unbroken(y)

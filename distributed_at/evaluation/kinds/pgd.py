@@ -1,4 +1,4 @@
-"""PGD as an evaluation: fixed counters, restarts as draws over what is left, success of targeted attacks.
+"""PGD as an evaluation: fixed counters, restarts as draws over what is left, several step counts in one pass.
 
 The steps themselves are ``attacks.PGD``, the same code that training uses; only the counters differ, so that no
 evaluation repeats a start of training.
@@ -6,37 +6,172 @@ evaluation repeats a start of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
+from pydantic import Field, model_validator
 
-from distributed_at.attacks import PGD, Threat
-from distributed_at.attacks.balls import Bounds
-from distributed_at.attacks.iteration import Iteration
-from distributed_at.attacks.losses import Goal
-from distributed_at.config import AttackConfig
-from distributed_at.evaluation.outcome import Outcome, inside_ball
-from distributed_at.evaluation.protocol import Protocol
-from distributed_at.rng import EVALUATION_EPOCH
+from distributed_at.config.attack import AttackConfig
+from distributed_at.config.evaluation import EvaluationEntry
+from distributed_at.evaluation.kinds.base import EvaluationKind
+from distributed_at.evaluation.protocol import AttackProtocol
+from distributed_at.lazy import F, torch
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    import numpy as np
 
-
-@dataclass(frozen=True)
-class _ThreatAtDraw(Threat):
-    """The same ball, whose random starts begin at another draw: a later restart on its own."""
-
-    first_draw: int = 0
-
-    def random_start(self, x: torch.Tensor, *, draw: int = 0, **arguments: Any) -> torch.Tensor:
-        return super().random_start(x, draw=self.first_draw + draw, **arguments)
+    from distributed_at.attacks import PGD
+    from distributed_at.attacks.balls import Bounds
+    from distributed_at.attacks.iteration import Iteration
+    from distributed_at.attacks.losses import Goal
+    from distributed_at.evaluation.kinds.base import Forward
+    from distributed_at.evaluation.outcome import Outcome
 
 
-def build_attack(protocol: Protocol) -> PGD:
+@dataclass(frozen=True, kw_only=True)
+class PgdProtocol(AttackProtocol):
+    """What a PGD number depends on. ``step_size`` is in /255, ``start_std`` in [0, 1]."""
+
+    step_size: float = 0.0
+    num_steps: int = 0
+    restarts: int = 0
+    start: str = ""
+    start_std: float = 0.0
+    clip_start: bool = True
+    start_clean_probability: float = 0.0
+    loss: str = ""
+    bn_mode: str = "eval"
+
+    _floats: ClassVar[tuple[str, ...]] = ("eps", "step_size", "start_std", "start_clean_probability")
+
+    @property
+    def default_name(self) -> str:
+        parts = [f"PGD-{self.num_steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")]
+        parts += [] if self.loss == "ce" else [self.loss]
+        parts += [] if self.target == "none" else ["targeted"]
+        return " ".join([*parts, f"{self.norm} {self.eps:g}/255"])
+
+
+class Pgd(EvaluationKind):
+    """Robust accuracy under PGD (Madry et al. 2018), targeted or not, with restarts."""
+
+    class Config(EvaluationEntry):
+        """PGD, which names its whole attack."""
+
+        kind: Literal["pgd"] = "pgd"
+        checkpoints: tuple[int, ...] = Field(
+            default=(),
+            description="fewer numbers of steps, read off the same pass: [20, 100] beside num_steps: 2000 measures "
+            "PGD-20 and PGD-100 too; their steps must be of the same size",
+        )
+
+        @model_validator(mode="after")
+        def _needs_attack(self) -> Pgd.Config:
+            if self.attack is None:
+                raise ValueError("kind 'pgd' needs attack: {eps, num_steps, step_size, ...}")
+            if self.checkpoints:
+                _check_one_pass(self.attack, list(self.checkpoints))
+            return self
+
+    Record = PgdProtocol
+
+    @classmethod
+    def settings(cls, entry: EvaluationEntry, attack: AttackConfig | None, num_classes: int) -> dict[str, Any]:
+        assert attack is not None
+        return {
+            "step_size": attack.effective_step_size,
+            "num_steps": attack.num_steps,
+            "restarts": attack.restarts,
+            "start": attack.start,
+            "start_std": attack.start_std if attack.start == "gaussian" else 0.0,
+            "clip_start": attack.clip_start,
+            "start_clean_probability": attack.start_clean_probability,
+            "target": attack.target,
+            "loss": attack.loss,
+            # A targeted attack may turn a mistake into a hit, and published targeted numbers are over all images
+            # (Xie & Yuille 2020, section 3), so there nothing may be skipped.
+            "scope": "clean_correct" if attack.target == "none" else "all",
+            "attacks": ("pgd",),
+        }
+
+    @classmethod
+    def short_name(cls, entry: EvaluationEntry) -> str:
+        assert entry.attack is not None
+        return f"pgd{entry.attack.num_steps}"
+
+    @classmethod
+    def paper_names(cls, details: Mapping[str, Any]) -> set[str]:
+        restarts = int(details.get("restarts") or 1)
+        return {f"pgd{details.get('num_steps')}" + (f"x{restarts}" if restarts > 1 else "")}
+
+    @classmethod
+    def single_entries(cls, entry: EvaluationEntry) -> list[EvaluationEntry]:
+        """Return one entry a number of steps, rising.
+
+        A name that holds the number of steps gets each one's own (``pgd2000`` -> ``pgd20``); others get it appended.
+        """
+        assert isinstance(entry, Pgd.Config)
+        assert entry.attack is not None
+        if not entry.checkpoints:
+            return [entry]
+        steps, name = str(entry.attack.num_steps), entry.name
+        shared = {"step_size": entry.attack.effective_step_size, "step_rule": "explicit"}
+        found: list[EvaluationEntry] = []
+        for count in entry.checkpoints:
+            own = None if name is None else name.replace(steps, str(count)) if steps in name else f"{name}-{count}"
+            attack = entry.attack.model_copy(update={**shared, "num_steps": count})
+            found.append(entry.model_copy(update={"checkpoints": (), "name": own, "attack": attack}))
+        return [*found, entry.model_copy(update={"checkpoints": ()})]
+
+    @classmethod
+    def is_targeted(cls, entry: EvaluationEntry) -> bool:
+        return entry.attack is not None and entry.attack.target != "none"
+
+    @classmethod
+    def forward_units(cls, entry: EvaluationEntry) -> float:
+        from distributed_at.observe.cost import attack_units
+
+        assert entry.attack is not None
+        attack = entry.attack
+        return 1.0 + attack_units(attack.num_steps, restarts=attack.restarts, loss=attack.loss)
+
+    @classmethod
+    def attack(
+        cls,
+        forward: Forward,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        ids: torch.Tensor,
+        piece: np.ndarray,
+        protocol: PgdProtocol,
+        on_the_way: dict[int, Outcome],
+    ) -> Outcome:
+        return run_pgd(forward, x, y, ids=ids, protocol=protocol, on_the_way=on_the_way)
+
+
+def _check_one_pass(attack: AttackConfig, counts: list[int]) -> None:
+    """Check that PGD at every number of steps is the beginning of one and the same attack."""
+    if counts != sorted(set(counts)) or counts[0] < 1 or counts[-1] >= attack.num_steps:
+        raise ValueError(
+            f"checkpoints must rise and lie between 1 and num_steps - 1 = {attack.num_steps - 1}, got {counts}"
+        )
+    if attack.restarts > 1:
+        raise ValueError(f"checkpoints are read off one pass: restarts must be 1, got {attack.restarts}")
+    for count in counts:
+        alone = attack.model_copy(update={"num_steps": count}).effective_step_size
+        if alone != attack.effective_step_size:
+            raise ValueError(
+                f"checkpoints: PGD-{count} steps by {alone:g}/255 under step_rule '{attack.step_rule}', PGD-"
+                f"{attack.num_steps} by {attack.effective_step_size:g}/255: give PGD-{count} an entry of its own"
+            )
+
+
+def build_attack(protocol: PgdProtocol) -> PGD:
     """Return the attack that a PGD protocol describes, with all its restarts."""
+    from distributed_at.attacks import PGD
+
     config = AttackConfig.model_validate(
         {
             "norm": protocol.norm,
@@ -62,7 +197,7 @@ def run_pgd(
     y: torch.Tensor,
     *,
     ids: torch.Tensor,
-    protocol: Protocol,
+    protocol: PgdProtocol,
     on_the_way: dict[int, Outcome] | None = None,
 ) -> Outcome:
     """Attack samples by PGD; restart r uses draw r and, for untargeted attacks, only samples that still stand.
@@ -77,6 +212,9 @@ def run_pgd(
         ids: (N,) int64 sample ids, on the device of ``x``: what starts and targets are drawn from.
         on_the_way: keys are fewer numbers of steps, whose outcomes are filled in; needs one restart.
     """
+    from distributed_at.evaluation.outcome import Outcome, inside_ball
+    from distributed_at.rng import EVALUATION_EPOCH
+
     outcome = Outcome.unbroken(y)
     attack = build_attack(protocol)
     targeted = protocol.target != "none"
@@ -86,8 +224,7 @@ def run_pgd(
         left = torch.arange(len(y), device=y.device) if targeted else torch.nonzero(~outcome.broken).squeeze(1)
         if not len(left):
             break
-        ball = _ThreatAtDraw(attack.threat.norm, attack.threat.eps, attack.threat.box, first_draw=restart)
-        once = replace(attack, threat=ball, restarts=1)
+        once = replace(attack, first_draw=restart, restarts=1)
         targets = None
         seen: dict[int, torch.Tensor] = {}
         if fewer:

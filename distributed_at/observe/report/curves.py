@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distributed_at.observe.record import Measurement, RunRecord, parse_measurement
+from distributed_at.observe.record import RunRecord
 from distributed_at.observe.report.charts import Chart, Role, Series, line_chart
 
 NEUTRAL: tuple[Role, ...] = ("a", "b", "c", "d")
@@ -34,22 +34,12 @@ def _loss(rows: list[Mapping[str, Any]], marks: list[tuple[float, float]]) -> Ch
     return line_chart(series, title="Loss", unit="per image", marks=marks)
 
 
-def held_out(record: RunRecord) -> dict[tuple[str, ...], list[Measurement]]:
-    """Return the evaluations made while training, by (split, protocol, branch, metric), in order of step."""
-    found: dict[tuple[str, ...], list[Measurement]] = {}
-    for row in record.rows("evaluation"):
-        one = parse_measurement(row)
-        if one is not None and one.split != "test" and one.epoch is not None:
-            found.setdefault((one.split, one.protocol, one.branch, one.metric), []).append(one)
-    return found
-
-
 def _accuracy(record: RunRecord, rows: list[Mapping[str, Any]], marks: list[tuple[float, float]]) -> Chart | None:
     series = [
         Series(name="clean, training batches", points=_points(rows, "clean_accuracy"), role="clean"),
         Series(name="adversarial, training batches", points=_points(rows, "adv_accuracy"), role="adv"),
     ]
-    groups = held_out(record)
+    groups = record.held_out()
     branches = {key[2] for key in groups}
     for (split, protocol, branch, _), found in groups.items():
         where = {"validation": "held-out", "train": "training images"}.get(split, split)
