@@ -46,6 +46,8 @@ def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
         ("images", f"{plan.num_train:,} to train on, {plan.num_test:,} to test on"),
         ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.num_steps:,} in {plan.epochs:g} epochs"),
     ]
+    for path, digest in plan.plugins:
+        rows.insert(0, ("plug-in", f"{path}, sha256 {digest[:12]}"))
     if plan.paper:
         numbers = ", ".join(f"{name} {value:g}" for name, value in plan.paper["numbers"].items())
         rows.insert(0, ("paper", f"{plan.paper['title']}, {plan.paper['table']}: {plan.paper['row']} ({numbers})"))

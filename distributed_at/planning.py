@@ -97,6 +97,7 @@ class Plan:
     hours: Hours | None
     warnings: tuple[PlanWarning, ...]
     paper: dict[str, Any] | None
+    plugins: tuple[tuple[str, str], ...] = ()  # path and SHA-256 of each
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
@@ -176,6 +177,7 @@ def make_plan(
         hours=hours,
         warnings=tuple(warnings),
         paper=None if config.paper is None else config.paper.model_dump(),
+        plugins=tuple((plugin.path, plugin.sha256) for plugin in config.plugins),
     )
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from distributed_at.config import PaperConfig, RunConfig
 from distributed_at.errors import ConfigError, did_you_mean
+from distributed_at.plugins import load_installed, load_plugin
 from distributed_at.recipe_errors import chosen_sections, config_error, unknown_name
 from distributed_at.recipe_nodes import (
     Node,
@@ -86,6 +87,7 @@ def load_recipe(ref: str, overrides: Sequence[str] = ()) -> ResolvedRecipe:
         ConfigError: anything wrong, naming file and line, field, value, what is allowed and the nearest spelling.
     """
     files: list[Path] = []
+    load_installed()
     tree = _resolve(ref, near=None, files=files, chain=())
     for text in overrides:
         if text.partition("=")[0].strip() == "init":
@@ -224,6 +226,7 @@ def _folder(near: Path | None) -> Path | None:
 
 def _extend(node: Node, path: Path, files: list[Path], chain: tuple[str, ...]) -> Node:
     """Lay a section tree upon what its ``extends:`` names (a reference, or a list of which later ones win)."""
+    node = _with_plugins(node, path.parent)
     extends = node.child("extends")
     if extends is None:
         return node
@@ -266,7 +269,7 @@ def _table_row(node: Node, path: Path, row: str, files: list[Path], chain: tuple
     if paper is not None:
         tree = _lay(tree, Node({"paper": paper}, paper.source))
     tree = _lay(tree, Node({"name": Node(f"{path.stem}-{row}", chosen.source)}, chosen.source))
-    own = expand_dotted(chosen)
+    own = _with_plugins(expand_dotted(chosen), path.parent)
     if own.child("extends") is not None:
         inherited = _without(
             _without(_extend(Node({"extends": own.value["extends"]}, own.source), path, files, chain), "name"), "paper"
@@ -313,6 +316,28 @@ def _switch_section(base: Node, key: str, name: Node | None) -> Node:
     return Node({**base.value, key: Node(kept, section.source)}, base.source)
 
 
+def _with_plugins(node: Node, folder: Path) -> Node:
+    """Load the plug-ins that a section names, relative to ``folder``, and write down their paths and contents.
+
+    Before anything is merged: which keys of a section stand may be a plug-in's to say.
+    """
+    plugins = node.child("plugins")
+    if plugins is None or not isinstance(plugins.value, list):
+        return node
+    found = []
+    for item in plugins.value:
+        told = item.plain()
+        given = told if isinstance(told, dict) else {"path": told}
+        if not isinstance(given.get("path"), str) or not isinstance(given.get("sha256", ""), str):
+            raise ConfigError(f"{item.source}: plugins: expected a Python file, got {told!r}")
+        try:
+            path, digest = load_plugin(folder / Path(given["path"]).expanduser(), given.get("sha256"), beside=folder)
+        except ConfigError as error:
+            raise ConfigError(f"{item.source}: {error}") from None
+        found.append(Node({"path": Node(str(path), item.source), "sha256": Node(digest, item.source)}, item.source))
+    return Node({**node.value, "plugins": Node(found, plugins.source)}, node.source)
+
+
 def _without(node: Node, key: str) -> Node:
     return Node({name: child for name, child in node.items() if name != key}, node.source)
 
@@ -340,7 +365,10 @@ def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
         if not equals or not key or "" in key.split("."):
             raise ConfigError(f"{source}: an override is written key=value, e.g. optimizer.lr=0.2")
         path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        parsed.append((path, parse_override_value(value, source)))
+        node = parse_override_value(value, source)
+        if path == ("plugins",):
+            node = _with_plugins(Node({"plugins": node}, source), Path.cwd()).value["plugins"]
+        parsed.append((path, node))
     for path, node in parsed:
         key = str(path[0])
         if key in chosen_sections():

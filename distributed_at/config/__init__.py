@@ -22,7 +22,7 @@ from distributed_at.config.data import AugmentConfig, DataConfig
 from distributed_at.config.evaluation import EvaluationConfig, EvaluationEntry, evaluation_entry
 from distributed_at.config.model import ModelConfig
 from distributed_at.config.objective import ObjectiveSection
-from distributed_at.config.run import LogConfig, RunConfig
+from distributed_at.config.run import LogConfig, PluginFile, RunConfig
 from distributed_at.config.training import (
     CheckpointConfig,
     EmaConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "PaperConfig",
     "ParallelConfig",
     "Pixels",
+    "PluginFile",
     "RunConfig",
     "ScheduleConfig",
     "Strict",

@@ -33,6 +33,13 @@ class LogConfig(Strict):
     tags: tuple[str, ...] = ()
 
 
+class PluginFile(Strict):
+    """A user's Python file that adds objectives and more; a recipe gives its path alone, relative to the recipe."""
+
+    path: str
+    sha256: str = Field(description="of its content; written when the recipe is read")
+
+
 class RunConfig(Strict):
     """A whole run, as ``recipe.yaml`` holds it."""
 
@@ -40,6 +47,9 @@ class RunConfig(Strict):
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
     paper: PaperConfig | None = None
+    plugins: tuple[PluginFile, ...] = Field(
+        default=(), description="Python files with the user's own objectives and more"
+    )
     data: DataConfig
     model: ModelConfig
     attack: AttackConfig | None = Field(

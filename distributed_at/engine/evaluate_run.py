@@ -10,6 +10,7 @@ events, from which wandb, the report and every other view take it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from distributed_at.config import EvaluationEntry, RunConfig
 from distributed_at.data.source import ImageSource
@@ -45,6 +47,15 @@ class RunEvaluation:
     checkpoint: Path
     results: tuple[EvaluationResult, ...]
     verdicts: tuple[Verdict, ...]
+
+
+def subject_of(network: nn.Module, config: RunConfig) -> Subject:
+    """Return a run's network as an evaluation sees it; the contents of plug-ins are part of what it is."""
+    description = config.model.model_dump_json()
+    if config.plugins:
+        content = {"model": json.loads(description), "plugins": sorted(plugin.sha256 for plugin in config.plugins)}
+        description = json.dumps(content, sort_keys=True)
+    return Subject(network=network, description=description, training_attack=config.attack, seed=config.seed)
 
 
 def measure(
@@ -95,12 +106,7 @@ def evaluate_run(
         saved = open_network(run, config, checkpoint, num_classes=source.num_classes)
         network = saved.network.to(world.device)
         on_open(saved, source)
-        subject = Subject(
-            network=network,
-            description=config.model.model_dump_json(),
-            training_attack=config.attack,
-            seed=config.seed,
-        )
+        subject = subject_of(network, config)
         execution = Execution(folder=run.evaluations, device=world.device, alive=alive)
         results: list[EvaluationResult] = []
         for entry in chosen:

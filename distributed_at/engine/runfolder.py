@@ -8,6 +8,7 @@ from pathlib import Path
 from distributed_at.config import RunConfig
 from distributed_at.errors import ConfigError, UserError
 from distributed_at.files import write_atomically
+from distributed_at.plugins import FOLDER, kept_name
 from distributed_at.recipes import diff, dump_yaml, load_recipe
 
 
@@ -68,10 +69,19 @@ class RunFolder:
         try:
             for folder in (self.root, self.checkpoints, self.evaluations, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
+            for plugin in config.plugins:
+                self._keep(Path(plugin.path), plugin.sha256)
             if not self.recipe.exists():
                 write_atomically(self.recipe, dump_yaml(config))
         except OSError as error:
             raise UserError(f"run folder {self.root} cannot be written: {error.strerror} ({error.filename})") from error
+
+    def _keep(self, plugin: Path, digest: str) -> None:
+        """Keep a plug-in as it is now: the run is evaluated, and goes on, with the code that it began with."""
+        kept = self.root / FOLDER / kept_name(plugin, digest)
+        if not kept.exists() and plugin.is_file():
+            kept.parent.mkdir(exist_ok=True)
+            write_atomically(kept, plugin.read_text(encoding="utf-8"))
 
     def next_free(self, name: str) -> Path:
         """Return ``<name>.old-1``, ``.old-2``, …: where a fresh start sets earlier files aside."""

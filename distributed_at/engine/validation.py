@@ -11,10 +11,10 @@ from distributed_at.config import RunConfig
 from distributed_at.data.source import ImageSource
 from distributed_at.data.sources import open_split
 from distributed_at.engine.builder import Parts
-from distributed_at.engine.evaluate_run import measure
+from distributed_at.engine.evaluate_run import measure, subject_of
 from distributed_at.engine.parallel import World
 from distributed_at.engine.twin import aliased_copy
-from distributed_at.evaluation import EvaluationResult, Execution, Subject
+from distributed_at.evaluation import EvaluationResult, Execution
 
 
 class Validator:
@@ -60,11 +60,6 @@ class Validator:
 
     def run(self, parts: Parts) -> Sequence[EvaluationResult]:
         """Evaluate every protocol of the recipe now."""
-        subject = Subject(
-            network=self._evaluation_copy(parts),
-            description=self._config.model.model_dump_json(),
-            training_attack=self._config.attack,
-            seed=self._config.seed,
-        )
+        subject = subject_of(self._evaluation_copy(parts), self._config)
         execution = Execution(device=self._world.device, alive=self._alive)
         return measure(subject, self._source, self._config.evaluation.validation, execution)

@@ -48,3 +48,6 @@ def mart_loss(
     boosted = F.nll_loss(adv, labels, reduction="none") - torch.log(1.0 - wrong + 1e-4)
     divergence = (clean.exp() * (clean - adv)).sum(dim=1)
     return (boosted + beta * divergence * (1.0 - clean.exp()[is_true])).mean()
+
+
+OBJECTIVES = {"mart": Mart}

@@ -246,7 +246,7 @@ def test_a_protocol_of_other_weights_or_samples_is_refused(model) -> None:
 
 def test_a_whole_split_is_every_image_however_many_and_every_row_is_kept(model, tmp_path: Path) -> None:
     data = source(size=1203)
-    result = evaluate(model, data, EvalAttackConfig(kind="clean"), folder=tmp_path, batch_size=500)
+    result = measure(model, data, evaluation_entry(kind="clean"), folder=tmp_path, batch_size=500)
     np.testing.assert_array_equal(result.rows.sample_id, np.sort(data.sample_ids))
     assert result.total == 1203
     kept = Ledger.open(tmp_path / result.protocol.folder_name, result.protocol).read()

@@ -1,0 +1,117 @@
+"""A user's file that a recipe names: one file, and it trains, resumes, plans, evaluates and is told of when it changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distributed_at.cli import main
+from distributed_at.config import RunConfig
+from distributed_at.engine.evaluate_run import evaluate_run
+from distributed_at.errors import ConfigError
+from distributed_at.objectives import OBJECTIVES
+from distributed_at.planning import make_plan
+from distributed_at.recipes import load_recipe
+from tests.integration.training import TINY, cut_back, same_bits, tensors, train
+
+MART = Path(__file__).parents[1] / "plugins" / "mart.py"
+SMALL = [text for text in TINY if not text.startswith("objective=")]
+
+
+@pytest.fixture
+def here(tmp_path: Path):
+    """A folder with a recipe and the plug-in that it names; what it registered is forgotten afterwards."""
+    shutil.copy(MART, tmp_path / "mart.py")
+    (tmp_path / "mine.yaml").write_text(
+        "extends: digits/adversarial.yaml\nname: mine\nplugins: [mart.py]\nobjective: {name: mart, beta: 4}\n"
+    )
+    before = set(OBJECTIVES)
+    yield tmp_path
+    for name in set(OBJECTIVES) - before:
+        OBJECTIVES.remove(name)
+
+
+def recipe(folder: Path, *overrides: str) -> RunConfig:
+    return load_recipe(str(folder / "mine.yaml"), [*SMALL, *overrides]).config
+
+
+def test_recipe_names_a_file_beside_it_and_the_run_knows_its_content(here: Path) -> None:
+    config = recipe(here, "objective.beta=3")
+    assert config.objective.model_dump() == {"name": "mart", "beta": 3.0}
+    (plugin,) = config.plugins
+    assert Path(plugin.path) == here / "mart.py"
+    assert make_plan(config).train_units == 6  # two trained passes, as the file says
+    assert make_plan(config).plugins == ((plugin.path, plugin.sha256),)
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_plugin_trains_resumes_bitwise_and_is_evaluated_with_the_code_that_it_was_trained_with(here: Path) -> None:
+    config = recipe(here)
+    whole = train(config, here / "whole")
+    resumed = train(config, cut_back(whole, here / "again", 8))
+    last, other = tensors(whole, 16), tensors(resumed, 16)
+    assert last.keys() == other.keys()
+    assert all(same_bits(last[name], other[name]) for name in last)
+    measured = evaluate_run(whole).results[0]
+    assert json.loads(measured.protocol.model)["plugins"] == [config.plugins[0].sha256]
+    (here / "mart.py").write_text("raise SystemExit('not the code of that run')\n")
+    again = evaluate_run(whole).results[0]
+    assert again.protocol.hash == measured.protocol.hash
+    (here / "mart.py").unlink()
+    assert evaluate_run(whole).results[0].protocol.hash == measured.protocol.hash
+
+
+def test_changed_file_is_told_like_a_changed_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train(recipe(here), here / "run")
+    before = recipe(here).plugins[0].sha256
+    (here / "mart.py").write_text((here / "mart.py").read_text() + "\n# another thought\n")
+    with pytest.raises(ConfigError, match=rf"another recipe; it differs in\n.*plugins.*sha256.*{before}"):
+        train(recipe(here), folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import nothing_of_this_name\n", r"mart.py:1: ModuleNotFoundError"),
+        ("x = 1\ny = x +\n", r"mart.py:2: SyntaxError"),
+        ("def f():\n    return 1 / 0\nf()\n", r"mart.py:2: ZeroDivisionError"),
+        ("x = 1\n", r"says what it adds in a dict named OBJECTIVES"),
+        ("OBJECTIVS = {'a': 1}\n", r"OBJECTIVS is no registry. Did you mean 'OBJECTIVES'"),
+        ("OBJECTIVES = ['a']\n", r"OBJECTIVES must be a dict of names"),
+        ("OBJECTIVES = {'trades': 1}\n", r"objective 'trades' exists already"),
+    ],
+)
+def test_mistake_in_a_plugin_is_told_by_its_line_without_our_stack(
+    here: Path, text: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "mart.py").write_text(text)
+    with pytest.raises(ConfigError, match=rf"mine.yaml:3: .*{told}"):
+        recipe(here)
+    assert main(["plan", str(here / "mine.yaml")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_absent_file_is_told_with_the_line_that_names_it(here: Path) -> None:
+    (here / "mart.py").unlink()
+    with pytest.raises(ConfigError, match=r"mine.yaml:3: there is no file .*mart.py"):
+        recipe(here)
+
+
+def test_names_of_a_plugin_are_suggested_like_ours(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"objective.name: 'marl'.*Did you mean 'mart'"):
+        recipe(here, "objective.name=marl")
+    with pytest.raises(ConfigError, match=r"unknown key 'bta'.*Did you mean 'objective.beta'"):
+        recipe(here, "objective.bta=2")
+
+
+def test_command_line_trains_with_a_plugin_given_there(here: Path) -> None:
+    """In a process of its own, as a user's shell would; two workers are tests/distributed's business."""
+    words = ["plan", "digits/adversarial.yaml", f"plugins=[{here / 'mart.py'}]", "objective={name: mart}", "--json"]
+    done = subprocess.run([sys.executable, "-m", "distributed_at", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["train_units"] == 6
