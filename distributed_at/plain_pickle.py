@@ -20,11 +20,11 @@ def _refuse(unpickler: Any) -> None:
     raise pickle.UnpicklingError("it holds an opcode that plain data do not need")
 
 
-class PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class PlainUnpickler(pickle._Unpickler):
     """Builds what its ``find_class`` names and nothing else; a subclass must override ``find_class``."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        **pickle._Unpickler.dispatch,
         **{opcode[0]: _refuse for opcode in _UNWANTED},
     }
 

@@ -111,7 +111,7 @@ def _is_model(annotation: Any) -> bool:
 
 def _field_parts(field: FieldInfo) -> list[Any]:
     """Return the types that a field's value may have: all classes of a section that its ``name`` chooses."""
-    return _parts(Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation)  # type: ignore[valid-type]
+    return _parts(Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation)
 
 
 def _parts(annotation: Any) -> list[Any]:

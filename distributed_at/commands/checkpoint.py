@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from distributed_at.commands.common import add_json, find_run, print_json, print_table, say
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     return _show(args, rows, 3 if bad else 0)
 
 
-def _show(args: argparse.Namespace, rows: list[dict], code: int) -> int:
+def _show(args: argparse.Namespace, rows: list[dict[str, Any]], code: int) -> int:
     if args.json:
         print_json(rows)
         return code

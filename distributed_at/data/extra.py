@@ -128,7 +128,7 @@ def _read_member(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     if promised != entry.file_size:
         raise DataError(f"{path}: {key!r} says {kind} {shape}, {promised:,} bytes, and holds {entry.file_size:,}")
     with archive.open(entry) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)  # type: ignore[arg-type]
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

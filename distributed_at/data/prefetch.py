@@ -82,5 +82,7 @@ class Prefetcher(Generic[Request, Item]):
     def __enter__(self) -> Prefetcher[Request, Item]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

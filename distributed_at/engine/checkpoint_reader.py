@@ -58,7 +58,7 @@ class _RememberingFile(io.FileIO):
         super().__init__(path, mode)
         self._errors = errors
 
-    def write(self, data: Any) -> int:  # type: ignore[override]
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -107,7 +107,7 @@ class SafeReader(FileSystemReader):
         self._folder = folder
         self._manifest = manifest
 
-    def read_metadata(self) -> Metadata:  # type: ignore[override]
+    def read_metadata(self) -> Metadata:
         """Return torch's metadata after checking types, names, offsets and lengths."""
         with os.fdopen(open_plain(self._folder / ".metadata"), "rb") as file:
             raw = file.read(self._manifest.files[".metadata"][0] + 1)

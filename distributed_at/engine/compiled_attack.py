@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -151,7 +151,7 @@ class StaticIteration:
         use_compiler: bool,
         use_graph: bool = False,
         regional: bool | None = None,
-        backend: str | Callable = "inductor",
+        backend: str | Callable[..., Any] = "inductor",
         capture: Capture = capture_cuda,
     ) -> None:
         self.plain = attack.iteration(twin)
@@ -211,15 +211,15 @@ class StaticIteration:
         _LOG.warning("the attack runs without %s, which failed here: %s: %s", name, type(error).__name__, why)
 
 
-def _compile(attack: PGD, twin: Twin, backend: str | Callable) -> Iteration:
+def _compile(attack: PGD, twin: Twin, backend: str | Callable[..., Any]) -> Iteration:
     _share_cache()
     # The compiler fuses step and projection into what surrounds them; a ready kernel would be opaque to it.
     iteration = replace(attack, fused=False).iteration(twin.module, functional=True)
-    compiled: Callable = torch.compile(iteration, fullgraph=True, dynamic=False, backend=backend)
+    compiled: Callable[..., Any] = torch.compile(iteration, fullgraph=True, dynamic=False, backend=backend)
     return compiled
 
 
-def _compile_regions(attack: PGD, twin: Twin, backend: str | Callable) -> Iteration:
+def _compile_regions(attack: PGD, twin: Twin, backend: str | Callable[..., Any]) -> Iteration:
     _share_cache()
     return attack.iteration(CompiledRegions(cast(fx.GraphModule, twin.module), backend=backend))
 

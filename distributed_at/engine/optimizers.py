@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, *, lr: float) -> 
     return torch.optim.AdamW(groups, lr=lr, eps=config.eps)
 
 
-def _apex_sgd(groups: list[dict], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+def _apex_sgd(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
     """NVIDIA apex's fused SGD; the PyPI package that happens to be called apex is something else."""
     found = importlib.util.find_spec("apex")
     if found is None:

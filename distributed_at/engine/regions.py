@@ -8,7 +8,7 @@ graph alone, not from names. Which form an attack takes is ``compiled_attack.py`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -144,12 +144,12 @@ class CompiledRegions:
         regions: in the order in which they run.
     """
 
-    def __init__(self, network: fx.GraphModule, *, backend: str | Callable = "inductor") -> None:
+    def __init__(self, network: fx.GraphModule, *, backend: str | Callable[..., Any] = "inductor") -> None:
         self.regions = cut(network)
         self._backend = backend
         numbers: dict[tuple[object, ...], int] = {}
         self._numbers = [numbers.setdefault(region.kind, len(numbers)) for region in self.regions]
-        self._compiled: dict[tuple[object, ...], Callable] = {}
+        self._compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the network returns."""
@@ -161,7 +161,7 @@ class CompiledRegions:
             x = self._compiled[kind](x, *region.tensors)
         return x
 
-    def _compile(self, region: Region, x: torch.Tensor) -> Callable:
+    def _compile(self, region: Region, x: torch.Tensor) -> Callable[..., Any]:
         """Compile a region as a function of (x, *tensors), free of layers: tensors alone are checked at each call."""
         names = _tensor_names(region.module)
 

@@ -6,7 +6,7 @@ pass. Ranks may hold different numbers of samples, also none, but each must take
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,11 @@ class _Assign(torch.autograd.Function):
         return value.new_empty(0)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Any) -> Any:
         return None, None
 
 
@@ -54,11 +54,11 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.group = inputs[1]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Any) -> Any:
         return _SumOverRanks.apply(grad, ctx.group), None
 
 
@@ -86,7 +86,7 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
     """Normalisation by the statistics of all ranks of a layer's process group."""
 
     @staticmethod
-    def forward(x, weight, bias, layer):
+    def forward(x: Any, weight: Any, bias: Any, layer: Any) -> Any:
         wide = x.to(weight.dtype)  # statistics in the parameters' precision, whatever autocast made of x
         mean, var, total = _statistics(wide, layer.process_group)
         if layer.updates:
@@ -99,7 +99,7 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
         return out.to(x.dtype), mean, inverse_std, total
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, weight, _, layer = inputs
         _, mean, inverse_std, total = output
         ctx.group = layer.process_group
@@ -108,7 +108,7 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # mean and deviation are constants below: a second derivative would be silently wrong
-    def backward(ctx, grad_out, *_unused):
+    def backward(ctx: Any, grad_out: Any, *_unused: Any) -> Any:
         x, weight, mean, inverse_std, total = ctx.saved_tensors
         grad = grad_out.to(weight.dtype)
         normalised = (x.to(weight.dtype) - mean.view(1, -1, 1, 1)) * inverse_std.view(1, -1, 1, 1)

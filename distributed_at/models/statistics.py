@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ class _Counter:
             if isinstance(layer, nn.Conv2d | nn.Linear)
         ]
 
-    def _count(self, layer: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+    def _count(self, layer: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         if isinstance(layer, nn.Conv2d):
             per_output = layer.weight[0].numel()
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 
@@ -85,12 +86,12 @@ def linf_step(
 
 
 @linf_step.register_fake
-def _(x_adv, clean, grad, eps, step, direction, low, high):
+def _(x_adv: Any, clean: Any, grad: Any, eps: Any, step: Any, direction: Any, low: Any, high: Any) -> Any:
     return _empty(x_adv)
 
 
 @linf_step.register_kernel(("cpu", "cuda"))
-def _(x_adv, clean, grad, eps, step, direction, low, high):
+def _(x_adv: Any, clean: Any, grad: Any, eps: Any, step: Any, direction: Any, low: Any, high: Any) -> Any:
     if build.library(_backend(x_adv)) is None:
         return linf_step._init_fn(x_adv, clean, grad, eps, step, direction, low, high)
     _, (x, c, g) = _same_layout(x_adv, clean, grad)
@@ -113,12 +114,38 @@ def linf_step_normalised(
 
 
 @linf_step_normalised.register_fake
-def _(x_adv, clean, grad, eps, step, direction, low, high, mean, std, dtype, channels):
+def _(
+    x_adv: Any,
+    clean: Any,
+    grad: Any,
+    eps: Any,
+    step: Any,
+    direction: Any,
+    low: Any,
+    high: Any,
+    mean: Any,
+    std: Any,
+    dtype: Any,
+    channels: Any,
+) -> Any:
     return _empty(x_adv), _empty_network(x_adv, dtype, channels)
 
 
 @linf_step_normalised.register_kernel(("cpu", "cuda"))
-def _(x_adv, clean, grad, eps, step, direction, low, high, mean, std, dtype, channels):
+def _(
+    x_adv: Any,
+    clean: Any,
+    grad: Any,
+    eps: Any,
+    step: Any,
+    direction: Any,
+    low: Any,
+    high: Any,
+    mean: Any,
+    std: Any,
+    dtype: Any,
+    channels: Any,
+) -> Any:
     if build.library(_backend(x_adv)) is None:
         return linf_step_normalised._init_fn(
             x_adv, clean, grad, eps, step, direction, low, high, mean, std, dtype, channels
@@ -155,12 +182,12 @@ def l2_step(
 
 
 @l2_step.register_fake
-def _(x_adv, clean, grad, eps, step, direction, low, high):
+def _(x_adv: Any, clean: Any, grad: Any, eps: Any, step: Any, direction: Any, low: Any, high: Any) -> Any:
     return _empty(x_adv)
 
 
 @l2_step.register_kernel(("cpu", "cuda"))
-def _(x_adv, clean, grad, eps, step, direction, low, high):
+def _(x_adv: Any, clean: Any, grad: Any, eps: Any, step: Any, direction: Any, low: Any, high: Any) -> Any:
     kernels = build.library(_backend(x_adv))
     if kernels is None:
         return l2_step._init_fn(x_adv, clean, grad, eps, step, direction, low, high)
@@ -191,12 +218,36 @@ def random_start(
 
 
 @random_start.register_fake
-def _(clean, sample_ids, coin_ids, eps, seed, epoch, draw, clean_probability, clip, low, high):
+def _(
+    clean: Any,
+    sample_ids: Any,
+    coin_ids: Any,
+    eps: Any,
+    seed: Any,
+    epoch: Any,
+    draw: Any,
+    clean_probability: Any,
+    clip: Any,
+    low: Any,
+    high: Any,
+) -> Any:
     return _empty(clean)
 
 
 @random_start.register_kernel(("cpu", "cuda"))
-def _(clean, sample_ids, coin_ids, eps, seed, epoch, draw, clean_probability, clip, low, high):
+def _(
+    clean: Any,
+    sample_ids: Any,
+    coin_ids: Any,
+    eps: Any,
+    seed: Any,
+    epoch: Any,
+    draw: Any,
+    clean_probability: Any,
+    clip: Any,
+    low: Any,
+    high: Any,
+) -> Any:
     if build.library(_backend(clean)) is None:
         return random_start._init_fn(
             clean, sample_ids, coin_ids, eps, seed, epoch, draw, clean_probability, clip, low, high

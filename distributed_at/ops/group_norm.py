@@ -9,6 +9,7 @@ mask is computed again from the input.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
@@ -176,7 +177,7 @@ def _forward_impl(
 
 
 @torch.library.register_fake("distributed_at::group_norm_relu", lib=_LIBRARY)
-def _(x, weight, bias, num_groups, eps, relu):
+def _(x: Any, weight: Any, bias: Any, num_groups: Any, eps: Any, relu: Any) -> Any:
     statistics = [x.new_empty((x.shape[0], num_groups), dtype=_wide(x)) for _ in range(2)]
     return torch.empty_like(x, memory_format=_memory_format(x)), *statistics
 
@@ -195,7 +196,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(dy, x, weight, bias, mean, rstd, relu, weights):
+def _(dy: Any, x: Any, weight: Any, bias: Any, mean: Any, rstd: Any, relu: Any, weights: Any) -> Any:
     vectors = [x.new_empty((x.shape[1] if weights else 0,), dtype=_wide(x)) for _ in range(2)]
     return torch.empty_like(x, memory_format=_memory_format(x)), *vectors
 
@@ -204,12 +205,12 @@ class _GroupNormReLU(_SingleLevelFunction):
     """The derivative of the op, at one level of functorch, as torch's own operators have theirs."""
 
     @staticmethod
-    def forward(x, weight, bias, num_groups, eps, relu):
+    def forward(x: Any, weight: Any, bias: Any, num_groups: Any, eps: Any, relu: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.distributed_at.group_norm_relu(x, weight, bias, num_groups, eps, relu)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, weight, bias, _, _, relu = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
@@ -218,7 +219,7 @@ class _GroupNormReLU(_SingleLevelFunction):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, _dmean, _drstd):
+    def backward(ctx: Any, dy: Any, _dmean: Any, _drstd: Any) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         weights = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         dx, dweight, dbias = _backward_op(dy, x, weight, bias, mean, rstd, ctx.relu, weights)
@@ -228,6 +229,6 @@ class _GroupNormReLU(_SingleLevelFunction):
 
 
 @torch.library.impl(_LIBRARY, "group_norm_relu", "Autograd")
-def _differentiable(x, weight, bias, num_groups, eps, relu):
+def _differentiable(x: Any, weight: Any, bias: Any, num_groups: Any, eps: Any, relu: Any) -> Any:
     with enable_single_level_autograd_function():  # functorch has peeled off its level before it comes here
         return _GroupNormReLU.apply(x, weight, bias, num_groups, eps, relu)  # type: ignore[attr-defined]

@@ -10,13 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
+# Triton reads the annotations of a kernel as words of its own, so its arguments carry none of ours.
 _TILE = 4096  # elements of (pixels, channels) that a program holds at once
 _MAX_CHANNELS = 128  # channels a program handles; further channels are further programs
 _SLICE_TARGET = 1024  # programs wanted, enough to fill a GPU
 
 
 @triton.jit
-def _slice_moments(
+def _slice_moments(  # type: ignore[no-untyped-def]
     x, means, squares, pixels, channels, slice_pixels, slices, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """Write mean and sum of squared deviations of each channel of one slice of one sample."""
@@ -47,7 +48,7 @@ def _slice_moments(
 
 
 @triton.jit
-def _merge_moments(
+def _merge_moments(  # type: ignore[no-untyped-def]
     means, squares, mean_out, rstd_out, eps, pixels, channels, slice_pixels, slices, group_channels, groups,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +78,7 @@ def _merge_moments(
 
 
 @triton.jit
-def _apply(
+def _apply(  # type: ignore[no-untyped-def]
     x, y, weight, bias, mean, rstd, pixels, channels, slice_pixels, slices, group_channels, groups,
     RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +106,7 @@ def _apply(
 
 
 @triton.jit
-def _slice_gradients(
+def _slice_gradients(  # type: ignore[no-untyped-def]
     dy, x, weight, bias, mean, rstd, sums, sums_normal, pixels, channels, slice_pixels, slices, group_channels, groups,
     RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +140,7 @@ def _slice_gradients(
 
 
 @triton.jit
-def _merge_gradients(
+def _merge_gradients(  # type: ignore[no-untyped-def]
     sums, sums_normal, weight, group_mean, group_mean_normal, pixels, channels, slices, group_channels, groups,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +163,7 @@ def _merge_gradients(
 
 
 @triton.jit
-def _input_gradient(
+def _input_gradient(  # type: ignore[no-untyped-def]
     dy, x, dx, weight, bias, mean, rstd, group_mean, group_mean_normal, pixels, channels, slice_pixels, slices,
     group_channels, groups, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip

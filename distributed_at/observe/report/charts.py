@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from markupsafe import Markup, escape
 
@@ -163,7 +163,7 @@ def _shown(value: float | None, percent: bool) -> str:
     return f"{100 * value:.1f}%" if percent else f"{value:.4g}"
 
 
-def _draw(one: Series, px, py, factor: float) -> str:
+def _draw(one: Series, px: Any, py: Any, factor: float) -> str:
     found = []
     weight = "held" if one.marked else "raw"
     for segment in _segments(one.points):
@@ -195,7 +195,7 @@ def _draw(one: Series, px, py, factor: float) -> str:
     return "".join(found)
 
 
-def _path(points: Sequence[Point], px, py) -> str:
+def _path(points: Sequence[Point], px: Any, py: Any) -> str:
     return " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
 
 
