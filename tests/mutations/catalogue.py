@@ -19,7 +19,7 @@ from tests.mutations import (
 from tests.mutations.mutation import Mutation
 
 # How many faults each room must have at least; a room is a folder of the package.
-LEAST = {"engine": 140, "evaluation": 25, "models": 20, "data": 30, "observe": 30}
+LEAST = {"engine": 140, "evaluation": 60, "models": 20, "data": 30, "observe": 30}
 MUTATIONS: tuple[Mutation, ...] = (
     *engine.MUTATIONS,
     *engine_rates.MUTATIONS,

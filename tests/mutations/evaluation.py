@@ -70,8 +70,8 @@ ROWS = (
     Mutation(
         "a resumed AutoAttack makes a chunk of what is missing of one",
         "evaluation/runner.py",
-        'work.rows_by_steps(piece if work.protocol.kind == "autoattack" else wanted)',
-        "work.rows_by_steps(wanted)",
+        "work.rows(piece if kind.batch_dependent else wanted)",
+        "work.rows(wanted)",
         "tests/unit/test_evaluation_autoattack.py::test_resumed_equals_uninterrupted_and_batch_size_does_not_matter",
     ),
     Mutation(
@@ -111,31 +111,17 @@ ROWS = (
     ),
     Mutation(
         "rows at fewer steps are not kept for another start",
-        "evaluation/siblings.py",
+        "evaluation/step_counts.py",
         "            self._ledgers[count].append(rows)\n",
         "            pass\n",
-        "tests/unit/test_evaluation_along.py::test_finished_pass_is_read_and_not_repeated",
+        "tests/unit/test_evaluation_step_counts.py::test_finished_pass_is_read_and_not_repeated",
     ),
     Mutation(
         "all numbers of steps get the rows of the fewest",
-        "evaluation/along.py",
-        "given=siblings.rows(count)",
-        "given=siblings.rows(siblings.counts[0])",
+        "evaluation/runner.py",
+        "given=on_the_way.rows(count)",
+        "given=on_the_way.rows(on_the_way.counts[0])",
         _PGD + "test_each_number_of_steps_of_one_pass_is_that_of_a_pgd_written_by_hand",
-    ),
-    Mutation(
-        "a curve's starts are those of the first images of the batch",
-        "evaluation/curve.py",
-        "x[right], y[right], sample_ids[right]",
-        "x[right], y[right], sample_ids[: int(right.sum())]",
-        _PGD + "test_curve_over_steps_counts_what_a_pgd_written_by_hand_leaves",
-    ),
-    Mutation(
-        "a curve counts images that are wrong without an attack among the standing",
-        "evaluation/curve.py",
-        'if protocol.scope == "clean_correct":',
-        'if protocol.scope == "all":',
-        _PGD + "test_curve_over_steps_counts_what_a_pgd_written_by_hand_leaves",
     ),
     Mutation(
         "fewer samples are the first ones",
@@ -178,8 +164,8 @@ NUMBERS = (
     Mutation(
         "attacks of two norms make one worst case",
         "evaluation/worst_case.py",
-        '_BALL = ("norm", "eps")',
-        '_BALL = ("eps",)',
+        '["the ball"] if protocol.ball not in (None, ball) else []',
+        "[]",
         _STATISTICS + "test_worst_cases_never_mix_models_balls_branches_or_data",
     ),
     Mutation(

@@ -57,7 +57,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "last incomplete batch dropped",
-        "evaluation/runner.py",
+        "evaluation/kinds/base.py",
         "for i in range(0, len(missing), batch_size)]",
         "for i in range(0, len(missing) - batch_size + 1, batch_size)]",
         _EVERY_IMAGE,
@@ -71,9 +71,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "normalised images given to AutoAttack",
-        "evaluation/work.py",
-        "return run_autoattack(self.forward, x[chosen], y[chosen],",
-        "return run_autoattack(self.forward, (x[chosen] - 0.47) / 0.25, y[chosen],",
+        "evaluation/kinds/autoattack.py",
+        "return run_autoattack(forward, x, y,",
+        "return run_autoattack(forward, (x - 0.47) / 0.25, y,",
         "tests/unit/test_evaluation_autoattack.py::test_natural_model_falls_to_zero",
     ),
     Mutation(
