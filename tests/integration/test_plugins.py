@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -115,3 +116,18 @@ def test_command_line_trains_with_a_plugin_given_there(here: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "distributed_at", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["train_units"] == 6
+
+
+def test_example_of_the_docs_trains_as_it_is_printed(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
+    recipe_text, code = (re.search(rf"```{kind}\n(.*?)```", text, re.S)[1] for kind in ("yaml", "python"))
+    assert len(code.splitlines()) <= 40
+    (tmp_path / "mine.yaml").write_text(recipe_text)
+    (tmp_path / "my_method.py").write_text(code)
+    try:
+        config = recipe(tmp_path)
+        assert config.objective.model_dump() == {"name": "mine", "weight": 2.0}
+        found = evaluate_run(train(config, tmp_path / "run"))
+        assert found.results[0].total == 16
+    finally:
+        OBJECTIVES.remove("mine")
