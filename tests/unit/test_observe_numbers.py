@@ -13,7 +13,6 @@ from scipy.stats import binomtest
 from distributed_at.observe.console import ConsoleView
 from distributed_at.observe.cost import mfu, recipe_forward_flops
 from distributed_at.observe.record import load_run
-from distributed_at.observe.report.curves import held_out
 from distributed_at.observe.secrets import redact_text, secret_values
 from distributed_at.observe.tables import evaluation_rows
 from distributed_at.observe.wandb import flatten
@@ -125,7 +124,7 @@ def test_only_the_test_split_is_a_result_and_only_the_rest_was_held_out(tmp_path
     events = [{**row, "split": split, "correct": n} for split, n in (("validation", 41), ("test", 37), ("train", 99))]
     record = load_run(run_folder(tmp_path / "run", [], events))
     assert [(m.split, m.correct) for m in record.measurements] == [("test", 37)]
-    drawn = {key[0]: [m.correct for m in found] for key, found in held_out(record).items()}
+    drawn = {key[0]: [m.correct for m in found] for key, found in record.held_out().items()}
     assert drawn == {"validation": [41], "train": [99]}
 
 
