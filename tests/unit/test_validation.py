@@ -22,8 +22,8 @@ def test_selection_sees_held_out_training_images_alone(monkeypatch: pytest.Monke
     config = load_recipe(str(RECIPE), [*TINY, *HELD_OUT]).config
     judged = []
     monkeypatch.setattr(
-        "distributed_at.engine.validation.evaluate_entry",
-        lambda network, source, what, **options: judged.append(source) or [],
+        "distributed_at.engine.validation.measure",
+        lambda subject, source, entries, execution: judged.append(source) or [],
     )
     network = build_network(config, 10)
     parts = SimpleNamespace(engine=SimpleNamespace(module=network), average=None)
