@@ -92,7 +92,7 @@ MUTATIONS = [
         "seed ignored", THREAT, _UNIT, _UNIT.replace("(seed,", "(0,"), "start_depends_on_its_keys_alone",
     ),
     Mutation(
-        "all restarts start alike", PGD, "draw=restart,", "draw=0,", "restarts_keep_the_best",
+        "all restarts start alike", PGD, "draw=self.first_draw + restart,", "draw=0,", "restarts_keep_the_best",
     ),
     Mutation(
         "L2 start on the sphere only", THREAT, "noise = balls.l2_direction(normals) * share * bounds.eps",
