@@ -51,18 +51,20 @@ def wait_until(
     Raises:
         Stuck: where neither ``moved()`` nor the processor time of ``processes`` has changed for ``still`` seconds.
     """
-    began = since = looked = time.monotonic()
+    # time counts only while this process itself runs: one that was suspended has learnt nothing of the others
+    waited = since = looked = 0.0
+    before = time.monotonic()
     last: object = None
     while not done():
         now = time.monotonic()
-        if now - looked >= min(1.0, still / 4) or last is None:
-            looked = now
+        waited += min(now - before, pause + 1.0)
+        before = now
+        if waited - looked >= min(1.0, still / 4) or last is None:
+            looked = waited
             if (sign := (moved(), processor_seconds(processes))) != last:
-                last, since = sign, now
-        if now - since > still or now - began > LONGEST:
-            raise Stuck(
-                f"{what}: not within {now - began:.0f} s, and the last sign of life was {now - since:.0f} s ago"
-            )
+                last, since = sign, waited
+        if waited - since > still or waited > LONGEST:
+            raise Stuck(f"{what}: not within {waited:.0f} s, and the last sign of life was {waited - since:.0f} s ago")
         time.sleep(pause)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,13 @@ def test_a_wait_lasts_as_long_as_something_moves():
     looks = []
     wait_until(lambda: looks.append(1) or len(looks) > 30, "30 looks", moved=lambda: len(looks), still=0.9, pause=0.1)
     assert len(looks) == 31
+
+
+def test_time_in_which_the_waiting_process_itself_stood_still_is_no_hang(monkeypatch):
+    clock, looks = iter(range(0, 10**6, 2000)), []
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: None))
+    wait_until(lambda: looks.append(1) or len(looks) > 20, "20 looks")
+    assert len(looks) == 21
 
 
 def test_a_wait_for_what_does_not_move_gives_up_and_says_what_it_waited_for():
