@@ -230,7 +230,7 @@ def gpu_tests(session: Session) -> None:
         session.add("tests/gpu", "skipped", None, "", note="this Python has no pytest")
         return
     root = Path(__file__).resolve().parent.parent
-    words = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", "-p", "no:cacheprovider", "tests/gpu"]
+    words = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", "-p", "no:cacheprovider", "-p", "no:logging", "--tb", "short", "tests/gpu"]
     limit = max(10.0, min(GPU_TEST_SECONDS, session.ends - time.monotonic()) - 5.0)
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(words, cwd=root, stdout=told, stderr=subprocess.STDOUT)

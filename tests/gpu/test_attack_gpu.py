@@ -18,6 +18,13 @@ pytestmark = [
 BATCH = 16
 
 
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 that is float32: TF32's ten bits turn the sign of many small gradients from one algorithm to the next."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def setting(norm: str = "bn", dtype: str = "fp32") -> tuple[torch.nn.Module, Twin, PGD, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     fields = {"arch": "resnet18", "stem": "cifar", "base_width": 32, "norm": norm}

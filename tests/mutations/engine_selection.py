@@ -104,7 +104,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "        for name, value in self.tensors.items():\n",
         "targets: dict[str, torch.Tensor] = dict(module.named_parameters())\n"
         "        for name, value in ((n, v) for n, v in self.tensors.items() if n in targets):\n",
-        _AVERAGE,
+        "tests/unit/test_averaging.py::test_statistics_are_averaged_only_where_the_recipe_says_so[average]",
     ),
     Mutation(
         "a run that selects its last weights hands on its best",

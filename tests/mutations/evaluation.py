@@ -166,7 +166,7 @@ NUMBERS = (
         "evaluation/worst_case.py",
         '["the ball"] if protocol.ball not in (None, ball) else []',
         "[]",
-        _STATISTICS + "test_worst_cases_never_mix_models_balls_branches_or_data",
+        "tests/unit/test_evaluation_verdicts.py::test_results_that_do_not_belong_together_are_not_intersected",
     ),
     Mutation(
         "a worst case is a share of what the first attack left",
