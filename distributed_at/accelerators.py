@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from distributed_at.errors import ConfigError, did_you_mean
 
 # TF32 against 16-bit mixed precision, PyTorch ResNet-50 on one A100: 938 and 2470 images a second (same source as A100).
-_FP32_SHARE = 938 / 2470
+_TF32_SHARE = 938 / 2470
+# What Xie & Yuille's code reached of a V100's 15.7 TFLOP/s in float32.
+_OF_FP32_PEAK = 8.5 / 15.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +32,43 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One kind of GPU: memory in GiB, and sustained rates for fp32 (TF32 where it has it) and 16-bit networks."""
+    """One kind of GPU: memory in GiB, and sustained rates in float32, TF32 (float32 where it has none) and 16 bits."""
 
     name: str
     memory_gib: float
     fp32: Rate
+    tf32: Rate
     half: Rate
 
+    def rate(self, arithmetic: str) -> Rate:
+        """Return the rate of 'fp32', 'tf32', 'bf16' or 'fp16'."""
+        return {"fp32": self.fp32, "tf32": self.tf32}.get(arithmetic, self.half)
 
-def _from_half(half: Rate) -> Rate:
+
+def attack_arithmetic(precision: str, attack_dtype: str | None) -> str:
+    """Return what an attack computes in: its own 16 bits, else the arithmetic of training, whose TF32 it shares.
+
+    Args:
+        precision: ``train.precision``.
+        attack_dtype: ``attack.dtype``; None without an attack.
+    """
+    if attack_dtype is None or (attack_dtype == "fp32" and precision == "tf32"):
+        return precision
+    return attack_dtype
+
+
+def _tf32_of(half: Rate) -> Rate:
     return Rate(
-        tflops=half.tflops * _FP32_SHARE,
+        tflops=half.tflops * _TF32_SHARE,
         source=f"{half.source}; scaled by A100's ratio of TF32 to 16-bit (0.38)",
+        published=False,
+    )
+
+
+def _fp32_of(peak_tflops: float) -> Rate:
+    return Rate(
+        tflops=peak_tflops * _OF_FP32_PEAK,
+        source=f"{peak_tflops:g} TFLOP/s of its datasheet, times the share of theirs that V100s reached (0.54)",
         published=False,
     )
 
@@ -56,14 +83,20 @@ _H100 = Rate(
 )
 _A100 = "NVIDIA DeepLearningExamples, PyTorch ResNet-50 v1.5, one A100 80 GB, clean training"
 
+_V100_FP32 = Rate(
+    tflops=8.5,
+    source="Xie & Yuille's code: ResNet-152, PGD-30, 110 epochs in about 52 h on 128 V100 (5.9 images/s/GPU)",
+)
+
 GPUS = {
-    "h200": Gpu(name="H200", memory_gib=141e9 / 2**30, half=_H200, fp32=_from_half(_H200)),
-    "h100": Gpu(name="H100", memory_gib=80e9 / 2**30, half=_H100, fp32=_from_half(_H100)),
+    "h200": Gpu(name="H200", memory_gib=141e9 / 2**30, half=_H200, tf32=_tf32_of(_H200), fp32=_fp32_of(67)),
+    "h100": Gpu(name="H100", memory_gib=80e9 / 2**30, half=_H100, tf32=_tf32_of(_H100), fp32=_fp32_of(67)),
     "a100": Gpu(
         name="A100 80 GB",
         memory_gib=80e9 / 2**30,
         half=Rate(tflops=61, source=f"{_A100}: 2470 images/s mixed precision"),
-        fp32=Rate(tflops=23, source=f"{_A100}: 938 images/s TF32"),
+        tf32=Rate(tflops=23, source=f"{_A100}: 938 images/s TF32"),
+        fp32=_fp32_of(19.5),
     ),
     "v100": Gpu(
         name="V100 32 GB",
@@ -72,10 +105,8 @@ GPUS = {
             tflops=29,
             source="NVIDIA DeepLearningExamples, PyTorch ResNet-50 v1.5, one V100: 1200 images/s mixed, clean training",
         ),
-        fp32=Rate(
-            tflops=8.5,
-            source="Xie & Yuille's code: ResNet-152, PGD-30, 110 epochs in about 52 h on 128 V100 (5.9 images/s/GPU)",
-        ),
+        tf32=_V100_FP32,
+        fp32=_V100_FP32,
     ),
 }
 

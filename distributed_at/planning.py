@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distributed_at.accelerators import Gpu, Rate, find_gpu
+from distributed_at.accelerators import Gpu, Rate, attack_arithmetic, find_gpu
 from distributed_at.config import DataConfig, EvaluationEntry, RunConfig
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.schedules import Schedules
@@ -259,8 +259,8 @@ def _entry_units(entry: EvaluationEntry, num_test: int) -> float | None:
 
 def _hours(config: RunConfig, gpu: Gpu, *, flops_per_image: float, images: int, world_size: int) -> Hours:
     """Time at a published rate; the attack is nearly all of the work, so its precision chooses the rate."""
-    dtype = config.attack.dtype if config.attack is not None else config.train.precision
-    rate = gpu.fp32 if dtype == "fp32" else gpu.half
+    dtype = attack_arithmetic(config.train.precision, config.attack.dtype if config.attack is not None else None)
+    rate = gpu.rate(dtype)
     per_gpu = rate.tflops * 1e12 / flops_per_image
     gpu_hours = images / per_gpu / 3600
     return Hours(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from distributed_at.accelerators import find_gpu
+from distributed_at.accelerators import attack_arithmetic, find_gpu
 from distributed_at.models.statistics import count_macs
 from distributed_at.observe.cost import config_units
 from distributed_at.planning import DATASETS, split_sizes
@@ -65,7 +65,8 @@ def _gpu_hours(entry: RecipeEntry, gpu: str) -> str:
     classes = config.data.num_classes or DATASETS[config.data.dataset][2]
     macs = count_macs(config.model, num_classes=classes, image_size=config.data.image_size)
     flops = config_units(config).total * 2.0 * macs * train * config.train.epochs
-    hours = flops / (find_gpu(gpu).fp32.tflops * 1e12) / 3600
+    arithmetic = attack_arithmetic(config.train.precision, config.attack.dtype if config.attack else None)
+    hours = flops / (find_gpu(gpu).rate(arithmetic).tflops * 1e12) / 3600
     return f"{float(f'{hours:.2g}'):,.0f}" if hours >= 1 else "under 1"
 
 

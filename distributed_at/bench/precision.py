@@ -6,8 +6,6 @@ training in 16 bits.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +20,7 @@ from distributed_at.attacks.targets import choose_targets
 from distributed_at.bench.certificate import FORMAT, KIND
 from distributed_at.config import AttackConfig
 from distributed_at.engine.twin import Twin
+from distributed_at.float32 import tf32
 from distributed_at.rng import EVALUATION_EPOCH
 from distributed_at.statistics import mcnemar, wilson
 
@@ -89,17 +88,6 @@ def available_precisions(device: torch.device) -> dict[str, str]:
     return reasons
 
 
-@contextlib.contextmanager
-def _tf32(enabled: bool) -> Iterator[None]:
-    """Allow or forbid TF32 in convolutions and matrix products within the block."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = enabled
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 class PrecisionTest:
     """Attacks batch after batch in each precision, then tells.
 
@@ -133,7 +121,7 @@ class PrecisionTest:
         expected: dict[str, torch.Tensor] = {}
         for precision, (attack, twin) in self._attacks.items():
             seen = self._seen[precision]
-            with _tf32(precision == "tf32"):
+            with tf32(precision == "tf32"):
                 adv = attack.perturb(twin, x, y, **counters, **groups)
                 if not points:
                     ball = attack.threat
@@ -148,13 +136,13 @@ class PrecisionTest:
                     weight = expected[name].abs().flatten(1)
                     share = (same * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
                     seen.agreement["weighted"].append(share.cpu().numpy())
-            with _tf32(False), torch.no_grad():
+            with tf32(False), torch.no_grad():
                 logits = self._judge(adv).float()
                 seen.correct.append((logits.argmax(dim=1) == y).cpu().numpy())
                 seen.loss.append(LOSSES[self._config.loss](logits, goal).cpu().numpy())
 
     def _goal(self, x: torch.Tensor, y: torch.Tensor, sample_ids: torch.Tensor) -> Goal:
-        with _tf32(False), torch.no_grad():
+        with tf32(False), torch.no_grad():
             clean = self._judge(x).float()
         targets = choose_targets(
             self._config.target, y, self._num_classes, seed=self._seed, epoch=EVALUATION_EPOCH,

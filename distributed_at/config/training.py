@@ -93,8 +93,11 @@ class TrainConfig(Strict):
         default=None, gt=0, description="images per forward on a device; null = its whole share of the batch"
     )
     drop_last: bool = Field(default=True, description="drop the last incomplete batch of an epoch")
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="autocast of the training pass; weights stay fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        default="fp32",
+        description="bf16 = autocast of the training pass; tf32 = on GPUs of 2020 and later, float32 convolutions and "
+        "products of training and attack keep 11 bits, faster and no longer independent of how a batch is cut; weights "
+        "stay fp32, and evaluation is in float32",
     )
     deterministic: bool = True
     freeze_bn_from_epoch: float | None = Field(

@@ -26,6 +26,7 @@ from distributed_at.engine.averaging import WeightAverage
 from distributed_at.engine.batching import BatchPlan, total_steps
 from distributed_at.engine.buffers import BufferMerger
 from distributed_at.engine.compiled_attack import Work, build_iteration, convolutions_to_compile
+from distributed_at.engine.folding import GroupNormReLU
 from distributed_at.engine.initial_weights import begin_from, read_into
 from distributed_at.engine.optimizers import build_optimizer
 from distributed_at.engine.parallel import TrainingEngine, World
@@ -34,6 +35,7 @@ from distributed_at.engine.runfolder import RunFolder
 from distributed_at.engine.schedules import Schedules
 from distributed_at.engine.twin import Twin
 from distributed_at.engine.twin_check import TwinCheck, wanted
+from distributed_at.float32 import allow_tf32
 from distributed_at.models import build_model, measure
 from distributed_at.models.norm import bn_layers, set_group_size, set_process_group
 from distributed_at.objectives import OBJECTIVES, Objective, ObjectiveContext, build_objective
@@ -82,10 +84,11 @@ class Parts:
 
 
 def seed_everything(config: RunConfig) -> None:
-    """Seed the generators that third-party code may use; our own draws come from counters."""
+    """Seed the generators that third-party code may use (our own draws come from counters), and set the arithmetic."""
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
+    allow_tf32(config.train.precision == "tf32")
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # a debugging aid that costs a seventh of a step
@@ -168,6 +171,7 @@ def _attack_work(
         macs=statistics.macs,
         convolutions=count_convolutions(twin.module),
         compiled_convolutions=convolutions_to_compile(twin),
+        fused_norms=sum(isinstance(layer, GroupNormReLU) for layer in twin.module.modules()),
         batch_size=plan.micro_batch,
         images=total_steps(config.train.epochs, order.steps_per_epoch) * plan.micro_batch * plan.accumulation,
         num_steps=config.attack.num_steps * config.attack.restarts,

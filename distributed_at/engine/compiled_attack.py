@@ -34,6 +34,9 @@ _RATES = {"cpu": 2e11, "cuda": 6e13}  # sustained FLOP/s of the plain form
 _SAVED_SHARE = 0.15  # of the attack's time, by compilation
 _COMPILE_SECONDS = (15.0, 1.5)  # once, and for each convolution that the compiler sees
 _LAUNCH_SECONDS = 8e-6 * 7  # host time for each convolution with what surrounds it
+_GROUP_NORM_SECONDS = (
+    5e-4  # and for each fused group norm, whose six kernels Python launches; an H200's host took 480 us
+)
 # A network of more convolutions is compiled region by region. ResNet-50 has 53 and is compiled whole, ResNet-101 has 104.
 REGIONAL_CONVOLUTIONS = 64
 
@@ -46,6 +49,7 @@ class Work:
         macs: multiply-accumulates of one forward of one image.
         convolutions: convolutions of the network.
         compiled_convolutions: those that the compiler sees, ``convolutions_to_compile``.
+        fused_norms: group norms that run as one operation.
         batch_size: images of one forward.
         images: images that this worker attacks in the whole run, resumed or not.
         num_steps: iterations an image.
@@ -55,6 +59,7 @@ class Work:
     macs: int
     convolutions: int
     compiled_convolutions: int
+    fused_norms: int
     batch_size: int
     images: int
     num_steps: int
@@ -75,7 +80,8 @@ class Work:
     def graph_pays(self) -> bool:
         """Whether the host may be the slower side, so that one launch in place of hundreds helps."""
         computing = 4.0 * self.macs * self.batch_size / _RATES["cuda"]
-        return self.device_type == "cuda" and computing < 5.0 * _LAUNCH_SECONDS * self.convolutions
+        host = 5.0 * _LAUNCH_SECONDS * self.convolutions + _GROUP_NORM_SECONDS * self.fused_norms
+        return self.device_type == "cuda" and computing < host
 
 
 def build_iteration(config: AttackConfig, attack: PGD, twin: Twin, work: Work) -> Iteration | None:

@@ -29,6 +29,7 @@ from distributed_at.engine.views import remote_views
 from distributed_at.engine.weights import SavedNetwork, open_network
 from distributed_at.evaluation import EvaluationResult, Execution, Subject, Verdict, evaluate_entry, judge
 from distributed_at.evaluation.examples import save_examples
+from distributed_at.float32 import tf32
 from distributed_at.observe.events import EventLog, next_restart
 from distributed_at.observe.record import load_run
 from distributed_at.observe.verdicts import run_verdicts
@@ -110,7 +111,7 @@ def evaluate_run(
         execution = Execution(folder=run.evaluations, device=world.device, alive=alive)
         results: list[EvaluationResult] = []
         for entry in chosen:
-            with watch("evaluation"):
+            with watch("evaluation"), tf32(False):
                 found = measure(subject, source, [entry], execution)
             results += found
             for result in found:

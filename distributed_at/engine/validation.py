@@ -15,6 +15,7 @@ from distributed_at.engine.evaluate_run import measure, subject_of
 from distributed_at.engine.parallel import World
 from distributed_at.engine.twin import aliased_copy
 from distributed_at.evaluation import EvaluationResult, Execution
+from distributed_at.float32 import tf32
 
 
 class Validator:
@@ -62,4 +63,5 @@ class Validator:
         """Evaluate every protocol of the recipe now."""
         subject = subject_of(self._evaluation_copy(parts), self._config)
         execution = Execution(device=self._world.device, alive=self._alive)
-        return measure(subject, self._source, self._config.evaluation.validation, execution)
+        with tf32(False):
+            return measure(subject, self._source, self._config.evaluation.validation, execution)

@@ -14,9 +14,12 @@ from sklearn.datasets import load_digits
 
 from distributed_at.data.sources import open_split
 from distributed_at.engine.evaluate_run import RunEvaluation, evaluate_run
+from distributed_at.engine.evaluate_run import measure as measure_entries
 from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.trainer import Trainer
 from distributed_at.engine.weights import open_network
 from distributed_at.errors import CheckpointError
+from distributed_at.float32 import tf32
 from distributed_at.observe.events import read_events
 from distributed_at.observe.record import load_run
 from distributed_at.observe.tables import evaluation_rows
@@ -122,3 +125,30 @@ def test_checkpoint_says_what_its_network_is(run: tuple[Path, RunEvaluation]) ->
 def test_checkpoint_that_does_not_exist_is_named(run: tuple[Path, RunEvaluation]) -> None:
     with pytest.raises(CheckpointError, match="step_00000999"):
         evaluate_run(run[0], checkpoint="step_00000999")
+
+
+def test_training_in_tf32_is_validated_and_evaluated_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[bool]] = {"training": set(), "validation": set(), "evaluation": set()}
+    stepped = Trainer._micro_step
+
+    def spy(phase: str):
+        def measure(*arguments, **named):
+            seen[phase].add(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+            return measure_entries(*arguments, **named)
+
+        return measure
+
+    def micro_step(self, *arguments, **named):
+        seen["training"].add(torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32)
+        return stepped(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainer, "_micro_step", micro_step)
+    monkeypatch.setattr("distributed_at.engine.validation.measure", spy("validation"))
+    with tf32(False):
+        held_out = ["data.validation_size=40", "evaluation.validation=[{kind: clean}]", "train.select=best_validation"]
+        folder = train(tiny("train.precision=tf32", "train.epochs=1", *held_out), tmp_path / "run")
+        monkeypatch.setattr("distributed_at.engine.evaluate_run.measure", spy("evaluation"))
+        evaluate_run(folder)
+    assert seen == {"training": {True}, "validation": {False}, "evaluation": {False}}

@@ -289,4 +289,28 @@ RESUMING: tuple[Mutation, ...] = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*TWIN, *RESUMING)
+ARITHMETIC = (
+    Mutation(
+        "TF32 is left as the process had it",
+        "engine/builder.py",
+        'allow_tf32(config.train.precision == "tf32")',
+        'config.train.precision == "tf32"',
+        "tests/unit/test_float32.py::test_training_uses_tf32_only_where_the_recipe_says_so[fp32-False]",
+    ),
+    Mutation(
+        "validation rounds to TF32 where training does",
+        "engine/validation.py",
+        "with tf32(False):",
+        "with tf32(True):",
+        "tests/integration/test_evaluate_run.py::test_training_in_tf32_is_validated_and_evaluated_in_float32",
+    ),
+    Mutation(
+        "group norms count nothing towards the host's time",
+        "engine/compiled_attack.py",
+        " + _GROUP_NORM_SECONDS * self.fused_norms",
+        "",
+        "tests/unit/test_compiled_attack.py::test_auto_decides_by_the_work_ahead",
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (*TWIN, *RESUMING, *ARITHMETIC)

@@ -181,7 +181,7 @@ def test_stale_bounds_would_be_caught() -> None:
 
 def work(**fields: object) -> Work:
     cifar = {
-        "macs": 557_000_000, "convolutions": 20, "compiled_convolutions": 20, "batch_size": 128, "images": 5_000_000, "num_steps": 10,
+        "macs": 557_000_000, "convolutions": 20, "compiled_convolutions": 20, "fused_norms": 0, "batch_size": 128, "images": 5_000_000, "num_steps": 10,
         "device_type": "cuda",
     }  # fmt: skip
     return Work(**{**cifar, **fields})
@@ -197,6 +197,17 @@ def work(**fields: object) -> Work:
         ({"macs": 11_500_000_000, "convolutions": 155, "compiled_convolutions": 32, "images": 200_000}, True, False),
         ({"macs": 1_000_000, "images": 30_000, "device_type": "cpu"}, False, False),
         ({"images": 20_000}, False, True),
+        ({"macs": 4_100_000_000, "convolutions": 53, "batch_size": 64, "images": 20_000}, False, False),
+        (
+            {"macs": 4_100_000_000, "convolutions": 53, "fused_norms": 53, "batch_size": 128, "images": 20_000},
+            False,
+            True,
+        ),
+        (
+            {"macs": 4_100_000_000, "convolutions": 53, "fused_norms": 53, "batch_size": 256, "images": 20_000},
+            False,
+            False,
+        ),
     ],
 )
 def test_auto_decides_by_the_work_ahead(fields: dict, compiles: bool, captures: bool) -> None:

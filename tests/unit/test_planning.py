@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from distributed_at.accelerators import GPUS
+from distributed_at.accelerators import GPUS, attack_arithmetic
 from distributed_at.data import digits
 from distributed_at.errors import ConfigError
 from distributed_at.models.statistics import ModelStatistics
@@ -91,10 +91,28 @@ def test_unknown_gpu_names_the_nearest():
 
 def test_every_rate_names_its_source():
     for gpu in GPUS.values():
-        for rate in (gpu.fp32, gpu.half):
-            assert rate.tflops > 0
-            assert len(rate.source) > 20
-        assert gpu.fp32.tflops <= gpu.half.tflops
+        for arithmetic in ("fp32", "tf32", "bf16", "fp16"):
+            assert gpu.rate(arithmetic).tflops > 0
+            assert len(gpu.rate(arithmetic).source) > 20
+        assert gpu.fp32.tflops <= gpu.tf32.tflops <= gpu.half.tflops
+    assert GPUS["h200"].rate("tf32") is GPUS["h200"].tf32
+    assert GPUS["h200"].rate("bf16") is GPUS["h200"].rate("fp16") is GPUS["h200"].half
+
+
+@pytest.mark.parametrize(
+    ("precision", "attack", "expected"),
+    [
+        ("fp32", "fp32", "fp32"),
+        ("tf32", "fp32", "tf32"),
+        ("tf32", "bf16", "bf16"),
+        ("bf16", "fp32", "fp32"),
+        ("fp32", "fp16", "fp16"),
+        ("tf32", None, "tf32"),
+        ("bf16", None, "bf16"),
+    ],
+)
+def test_attack_shares_trainings_tf32_and_nothing_else(precision: str, attack: str | None, expected: str) -> None:
+    assert attack_arithmetic(precision, attack) == expected
 
 
 def test_digits_size_is_what_the_loader_gives():

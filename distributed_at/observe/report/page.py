@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from distributed_at.accelerators import attack_arithmetic
 from distributed_at.objectives import recorded_objective
 from distributed_at.observe.console import time_shares
 from distributed_at.observe.cost import format_seconds, gpu_hours, mfu, peak_rate, recipe_forward_flops, recipe_units
@@ -148,7 +149,9 @@ def _cost(record: RunRecord) -> list[tuple[str, str, str]]:
         if flops:
             found.append(("Arithmetic", _flops(flops * units.total), f"an image; one forward pass {_flops(flops)}"))
         if flops and speed and names:
-            precision = str(record.section("attack").get("dtype") or record.section("train").get("precision") or "fp32")
+            precision = attack_arithmetic(
+                str(record.section("train").get("precision") or "fp32"), record.section("attack").get("dtype")
+            )
             share = mfu(
                 images_per_second=speed,
                 flops_per_image=flops * units.total,
