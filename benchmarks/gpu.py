@@ -413,7 +413,7 @@ def host_waits(session: Session) -> None:
 SECTIONS: list[tuple[str, float, Callable[[Session], None]]] = [
     ("kernels", 60, kernels),
     ("pgd30", 240, pgd30),
-    ("group_norm", 45, group_norm),
+    ("group_norm", 80, group_norm),
     ("gpu_tests", GPU_TEST_SECONDS, gpu_tests),
     ("attack_resnet50", 120, attack_resnet50),
     ("compile_times", 120, compile_times),
