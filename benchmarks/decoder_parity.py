@@ -31,8 +31,8 @@ from distributed_at.data import open_index, open_split
 from distributed_at.data.augment import Views
 from distributed_at.data.imagenet import FolderSource
 from distributed_at.data.source import ImageSource
-from distributed_at.engine.runfolder import RunFolder
-from distributed_at.engine.weights import open_network
+from distributed_at.engine.runs.folder import RunFolder
+from distributed_at.engine.runs.weights import open_network
 from distributed_at.evaluation import Execution, Subject, evaluate
 from distributed_at.recipes import load_recipe
 from distributed_at.statistics import mcnemar, wilson

@@ -26,10 +26,10 @@ from benchmarks import common
 from distributed_at.config import EvaluationEntry
 from distributed_at.data.sources import open_split
 from distributed_at.engine.builder import Parts, build_parts
-from distributed_at.engine.compiled_attack import StaticIteration
 from distributed_at.engine.parallel import World, initialise_world, shutdown_world
 from distributed_at.engine.trainer import Trainer
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.compiled_attack import StaticIteration
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.evaluation import EvaluationResult, Execution, Subject, evaluate
 from distributed_at.recipes import load_recipe
 from distributed_at.statistics import mcnemar

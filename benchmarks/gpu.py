@@ -40,8 +40,8 @@ except ModuleNotFoundError as missing:
         "pip install --target FOLDER pydantic on another machine with the same Python, then PYTHONPATH=FOLDER make gpu"
     ) from None
 from distributed_at.attacks.losses import Goal
-from distributed_at.engine.compiled_attack import StaticIteration
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.compiled_attack import StaticIteration
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.float32 import tf32
 
 GPU_TEST_SECONDS = 120.0

@@ -18,8 +18,8 @@ from distributed_at.attacks.balls import Bounds
 from distributed_at.attacks.iteration import Iteration
 from distributed_at.attacks.losses import Goal
 from distributed_at.config import ModelConfig
-from distributed_at.engine.compiled_attack import StaticIteration
-from distributed_at.engine.twin import DTYPES, Twin
+from distributed_at.engine.twin.compiled_attack import StaticIteration
+from distributed_at.engine.twin.twin import DTYPES, Twin
 from distributed_at.models import build_model
 
 EPS, STEP = 8 / 255, 2 / 255

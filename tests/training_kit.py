@@ -17,10 +17,10 @@ import torch
 
 from distributed_at.attacks.pgd import PGD
 from distributed_at.attacks.threat import Threat
-from distributed_at.engine.checkpoint_tools import read_checkpoint
+from distributed_at.engine.checkpoint.tools import read_checkpoint
 from distributed_at.engine.parallel import World, import_deepspeed, initialise_world, shutdown_world
 from distributed_at.engine.run import run_training
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.observe.events import read_events
 from distributed_at.recipes import load_recipe
 from distributed_at.rng import EVALUATION_EPOCH

@@ -19,7 +19,7 @@ from distributed_at.attacks.losses import LOSSES, Goal
 from distributed_at.attacks.targets import choose_targets
 from distributed_at.bench.certificate import FORMAT, KIND
 from distributed_at.config import AttackConfig
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.float32 import tf32
 from distributed_at.rng import EVALUATION_EPOCH
 from distributed_at.statistics import mcnemar, wilson

@@ -53,8 +53,8 @@ def _certify(args: argparse.Namespace, root: Path) -> tuple[dict[str, Any], list
     from distributed_at.bench import precision
     from distributed_at.data.sources import open_split
     from distributed_at.engine.builder import num_classes_of
-    from distributed_at.engine.runfolder import RunFolder
-    from distributed_at.engine.weights import open_network
+    from distributed_at.engine.runs.folder import RunFolder
+    from distributed_at.engine.runs.weights import open_network
     from distributed_at.evaluation import evaluation_ids, ids_hash, weights_hash
     from distributed_at.recipes import load_recipe
     from distributed_at.rng import EVALUATION_EPOCH

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from distributed_at.engine import checkpoint_tools as tools
+    from distributed_at.engine.checkpoint import tools
 
     if args.action == "convert":
         written = tools.checkpoint_convert(

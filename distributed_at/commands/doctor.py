@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from distributed_at.commands.common import add_json, print_json, print_table
-from distributed_at.engine.launch import check_workers, detect_rank, run_workers, usable_workers
+from distributed_at.engine.processes.launch import check_workers, detect_rank, run_workers, usable_workers
 from distributed_at.errors import ConfigError
 from distributed_at.findings import ABSENT, BROKEN, OK, SLOW, Finding
 
@@ -185,7 +185,7 @@ def _run_distributed(args: argparse.Namespace) -> int:
     if detect_rank() is None:
         return run_workers(args.words, check_workers(args.workers) or usable_workers(), None)
     from distributed_at.engine.parallel import initialise_world, shutdown_world
-    from distributed_at.engine.preflight import examine_ranks
+    from distributed_at.engine.processes.preflight import examine_ranks
     from distributed_at.recipes import dump_yaml, load_recipe
 
     recipe = dump_yaml(load_recipe(args.recipe, args.overrides).config) if args.recipe is not None else None

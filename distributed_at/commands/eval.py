@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distributed_at.commands.common import add_json, find_run, print_json, print_table, say
-from distributed_at.engine.launch import available_workers, check_workers, detect_rank, run_workers
+from distributed_at.engine.processes.launch import available_workers, check_workers, detect_rank, run_workers
 from distributed_at.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _chosen_steps(entry: EvaluationEntry, wanted: list[str]) -> list[EvaluationE
 
 def select_entries(config: RunConfig, only: str | None, num_samples: int | None) -> list[EvaluationEntry]:
     """Return the entries to measure: both branches of a mixture-BN network where an entry names none."""
-    from distributed_at.engine.evaluate_run import on_both_branches
+    from distributed_at.engine.runs.evaluate_run import on_both_branches
     from distributed_at.evaluation.kinds import KINDS
 
     chosen = list(config.evaluation.final)
@@ -99,11 +99,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _work(args: argparse.Namespace, root: Path, config: RunConfig, entries: list[EvaluationEntry]) -> int:
     from distributed_at.data.source import ImageSource
-    from distributed_at.engine.evaluate_run import evaluate_run
     from distributed_at.engine.parallel import initialise_world, shutdown_world
-    from distributed_at.engine.runfolder import RunFolder
-    from distributed_at.engine.watchdog import Watchdog, section_timeouts
-    from distributed_at.engine.weights import SavedNetwork
+    from distributed_at.engine.processes.watchdog import Watchdog, section_timeouts
+    from distributed_at.engine.runs.evaluate_run import evaluate_run
+    from distributed_at.engine.runs.folder import RunFolder
+    from distributed_at.engine.runs.weights import SavedNetwork
     from distributed_at.evaluation import EvaluationResult
     from distributed_at.observe.tables import evaluation_rows, table, worst_case_rows
 

@@ -77,7 +77,7 @@ def _statistics(records: list[RunRecord], args: argparse.Namespace) -> list[Draw
 
 
 def _figure5(record: RunRecord, args: argparse.Namespace) -> Drawn:
-    from distributed_at.engine.checkpoint_tools import read_weights
+    from distributed_at.engine.checkpoint.tools import read_weights
     from distributed_at.evaluation.layer_statistics import choose_layer, norm_layer_names
     from distributed_at.observe.figures import LayerStatistics, branch_statistics, sample_channels
 
@@ -101,8 +101,8 @@ def _figure6(record: RunRecord, args: argparse.Namespace) -> Drawn:
     from distributed_at.attacks import PGD
     from distributed_at.data.order import StepOrder
     from distributed_at.data.sources import open_split
-    from distributed_at.engine.runfolder import RunFolder
-    from distributed_at.engine.weights import open_network
+    from distributed_at.engine.runs.folder import RunFolder
+    from distributed_at.engine.runs.weights import open_network
     from distributed_at.evaluation.layer_statistics import batch_statistics, choose_layer, norm_layer_names
     from distributed_at.observe.figures import LayerStatistics, batch_and_running, sample_channels
     from distributed_at.rng import EVALUATION_EPOCH

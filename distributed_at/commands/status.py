@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from distributed_at.engine.status import Status, run_status
+    from distributed_at.engine.runs.status import Status, run_status
 
     names = [field.name for field in fields(Status)]
     if args.get is not None and args.get not in names:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distributed_at.commands.common import add_recipe, say
-from distributed_at.engine.launch import available_workers, check_workers, detect_rank, run_workers
+from distributed_at.engine.processes.launch import available_workers, check_workers, detect_rank, run_workers
 
 if TYPE_CHECKING:
     from distributed_at.config import RunConfig
@@ -30,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
     rank = detect_rank()
     if rank is not None:
         # before torch starts threads: they inherit the mask, and a signal must reach the listener alone
-        from distributed_at.engine.preemption import prepare_process
+        from distributed_at.engine.processes.preemption import prepare_process
 
         prepare_process()
     from distributed_at.engine.batching import BatchPlan, largest_world_size
-    from distributed_at.engine.runfolder import RunFolder
+    from distributed_at.engine.runs.folder import RunFolder
     from distributed_at.recipes import load_recipe
 
     config = load_recipe(args.recipe, args.overrides).config
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     workers = check_workers(args.workers) or largest_world_size(available_workers(), batch_size=batch_size, **limits)
     BatchPlan.resolve(batch_size=batch_size, world_size=workers, **limits)
     folder.check(config)
-    from distributed_at.engine.initial_weights import check_initial_weights
+    from distributed_at.engine.runs.initial_weights import check_initial_weights
 
     if not folder.has_checkpoints:
         check_initial_weights(config)

@@ -25,16 +25,16 @@ from distributed_at.data.sources import open_split
 from distributed_at.engine.averaging import WeightAverage
 from distributed_at.engine.batching import BatchPlan, total_steps
 from distributed_at.engine.buffers import BufferMerger
-from distributed_at.engine.compiled_attack import Work, build_iteration, convolutions_to_compile
-from distributed_at.engine.folding import GroupNormReLU
-from distributed_at.engine.initial_weights import begin_from, read_into
 from distributed_at.engine.optimizers import build_optimizer
 from distributed_at.engine.parallel import TrainingEngine, World
-from distributed_at.engine.regions import count_convolutions
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.folder import RunFolder
+from distributed_at.engine.runs.initial_weights import begin_from, read_into
 from distributed_at.engine.schedules import Schedules
-from distributed_at.engine.twin import Twin
-from distributed_at.engine.twin_check import TwinCheck, wanted
+from distributed_at.engine.twin.check import TwinCheck, wanted
+from distributed_at.engine.twin.compiled_attack import Work, build_iteration, convolutions_to_compile
+from distributed_at.engine.twin.folding import GroupNormReLU
+from distributed_at.engine.twin.regions import count_convolutions
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.float32 import allow_tf32
 from distributed_at.models import build_model, measure
 from distributed_at.models.norm import bn_layers, set_group_size, set_process_group

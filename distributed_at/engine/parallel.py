@@ -23,7 +23,7 @@ from torch import nn
 
 from distributed_at.config import ParallelConfig, TrainConfig
 from distributed_at.engine.batching import BatchPlan
-from distributed_at.engine.launch import detect_rank, export_rendezvous
+from distributed_at.engine.processes.launch import detect_rank, export_rendezvous
 from distributed_at.errors import ConfigError
 from distributed_at.groups import forget_groups
 from distributed_at.models.branches import on_branch

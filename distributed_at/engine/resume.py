@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from distributed_at.config import CheckpointConfig
 from distributed_at.engine.builder import num_classes_of
-from distributed_at.engine.checkpoint import CheckpointManager
-from distributed_at.engine.checkpoint_state import after_load, shard_places, training_tensors, whole_networks
+from distributed_at.engine.checkpoint.manager import CheckpointManager
+from distributed_at.engine.checkpoint.state import after_load, shard_places, training_tensors, whole_networks
 from distributed_at.engine.nonfinite import weights_finite
 from distributed_at.engine.parallel import gather_all
-from distributed_at.engine.preemption import agree_max
-from distributed_at.engine.runlock import RunLock
+from distributed_at.engine.processes.preemption import agree_max
+from distributed_at.engine.runs.lock import RunLock
 from distributed_at.errors import LockedError
 from distributed_at.models.norm import bn_buffers
 

@@ -24,13 +24,13 @@ from distributed_at.engine.nonfinite import (
     NonfiniteGuard,
     offending_ids,
 )
-from distributed_at.engine.notes import Notes
 from distributed_at.engine.parallel import gather_all, sum_over_ranks
-from distributed_at.engine.preemption import agree_max
+from distributed_at.engine.processes.notes import Notes
+from distributed_at.engine.processes.preemption import agree_max
+from distributed_at.engine.processes.watchdog import StepTimes
 from distributed_at.engine.progress import EarlyStopping, Meters
 from distributed_at.engine.resume import Checkpoints
 from distributed_at.engine.validation import Validator
-from distributed_at.engine.watchdog import StepTimes
 from distributed_at.errors import CheckpointError, DivergedError
 from distributed_at.objectives import Terms
 from distributed_at.observe.events import EventLog

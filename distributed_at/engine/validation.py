@@ -11,9 +11,9 @@ from distributed_at.config import RunConfig
 from distributed_at.data.source import ImageSource
 from distributed_at.data.sources import open_split
 from distributed_at.engine.builder import Parts
-from distributed_at.engine.evaluate_run import measure, subject_of
 from distributed_at.engine.parallel import World
-from distributed_at.engine.twin import aliased_copy
+from distributed_at.engine.runs.evaluate_run import measure, subject_of
+from distributed_at.engine.twin.twin import aliased_copy
 from distributed_at.evaluation import EvaluationResult, Execution
 from distributed_at.float32 import tf32
 

@@ -70,7 +70,7 @@ def train(engine: Any, steps: range) -> None:
 
 
 def tensors(engine: Any, ema: float) -> dict[str, Any]:
-    from distributed_at.engine.checkpoint_state import training_tensors
+    from distributed_at.engine.checkpoint.state import training_tensors
 
     average = {n: torch.full_like(p, ema) for n, p in engine.module.named_parameters()}
     return training_tensors(engine, average, dict(engine.module.named_buffers()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distributed_at.engine.checkpoint import CheckpointManager
+from distributed_at.engine.checkpoint.manager import CheckpointManager
 from tests.distributed import checkpoint_worker as worker
 
 
@@ -21,7 +21,7 @@ def save_after(root, stage, optimizer, steps):
 
 
 def load_and_go_on(root, stage, optimizer, more):
-    from distributed_at.engine.checkpoint_state import after_load
+    from distributed_at.engine.checkpoint.state import after_load
 
     engine = worker.build(stage, optimizer)
     manager = CheckpointManager(root)
@@ -111,7 +111,7 @@ def test_a_state_before_the_first_step_is_saved_and_loaded(results):
 
 
 def deepspeed_attributes():
-    from distributed_at.engine import checkpoint_state as state
+    from distributed_at.engine.checkpoint import state
 
     engine = worker.build(1, "sgd")
     worker.train(engine, range(1))
@@ -143,7 +143,7 @@ def test_the_private_deepspeed_attributes_that_checkpoints_need_are_there(result
 def every_group_is_linked():
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    from distributed_at.engine import checkpoint_state as state
+    from distributed_at.engine.checkpoint import state
 
     engine = worker.build(1, "sgd")
     worker.train(engine, range(1))
@@ -163,7 +163,7 @@ def test_deepspeed_finds_the_optimiser_state_of_every_parameter_group_after_a_lo
 
 
 def unsupported(dampening):
-    from distributed_at.engine.checkpoint_state import training_tensors
+    from distributed_at.engine.checkpoint.state import training_tensors
     from distributed_at.errors import CheckpointError
 
     engine = type("Engine", (), {})()

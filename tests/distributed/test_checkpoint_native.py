@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distributed_at.engine import checkpoint_tools as tools
+from distributed_at.engine.checkpoint import tools
 from tests.distributed import checkpoint_worker as worker
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distributed_at.engine import checkpoint_files as files
-from distributed_at.engine.checkpoint import CheckpointManager
-from distributed_at.engine.checkpoint_shards import FlatShard
+from distributed_at.engine.checkpoint import files
+from distributed_at.engine.checkpoint.manager import CheckpointManager
+from distributed_at.engine.checkpoint.shards import FlatShard
 from distributed_at.errors import CheckpointError, UserError
 from tests.distributed import checkpoint_worker as worker
 

@@ -9,7 +9,7 @@ from distributed_at.config import ParallelConfig, TrainConfig
 from distributed_at.engine import parallel
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.buffers import BufferMerger
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.models.norm import BatchNorm, bn_buffers
 from tests.distributed.launch import run_ranks
 

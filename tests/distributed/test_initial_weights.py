@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from distributed_at.engine.builder import build_network
-from distributed_at.engine.initial_weights import begin_from
 from distributed_at.engine.parallel import initialise_world
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.folder import RunFolder
+from distributed_at.engine.runs.initial_weights import begin_from
 from distributed_at.errors import UserError
 from distributed_at.recipes import load_recipe
 from tests.distributed.launch import run_ranks

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from distributed_at.engine.preemption import STOP_SIGNALS
+from distributed_at.engine.processes.preemption import STOP_SIGNALS
 from tests.patience import LONGEST, Stuck, end_of, wait_until
 
 PROGRAM = """
 import sys, time
-from distributed_at.engine import preemption
+from distributed_at.engine.processes import preemption
 preemption.prepare_process()
 listener = preemption.start_listening(grace_seconds=float(sys.argv[1]))
 print("ready", flush=True)
@@ -66,7 +66,7 @@ def test_second_term_after_the_grace_leaves_at_once():
 PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c",
-    "from distributed_at.engine.preemption import prepare_process; prepare_process(); import os, time;"
+    "from distributed_at.engine.processes.preemption import prepare_process; prepare_process(); import os, time;"
     "print(os.getpid(), flush=True); time.sleep(3600)"])
 time.sleep(3600)
 """
@@ -93,8 +93,8 @@ def test_killed_launcher_leaves_no_worker():
 
 
 def _steps(rank: int, world: int, folder: str) -> None:
-    from distributed_at.engine.preemption import agree_max, start_listening
-    from distributed_at.engine.watchdog import StepTimes
+    from distributed_at.engine.processes.preemption import agree_max, start_listening
+    from distributed_at.engine.processes.watchdog import StepTimes
 
     listener = start_listening()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)

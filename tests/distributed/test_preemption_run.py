@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed_at.engine.launch import free_port
+from distributed_at.engine.processes.launch import free_port
 from distributed_at.errors import EXIT_REQUEUE
 from tests.patience import end_of, wait_until
 from tests.training_kit import RECIPE, TINY, checkpoint_step, state_digest, training_rows

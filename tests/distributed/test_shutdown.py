@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed_at.engine.launch import free_port, worker_environment
+from distributed_at.engine.processes.launch import free_port, worker_environment
 from tests.training_kit import RECIPE, TINY
 
 ROOT = Path(__file__).parents[2]

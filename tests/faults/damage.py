@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from distributed_at.engine import checkpoint_files as files
+from distributed_at.engine.checkpoint import files
 from distributed_at.errors import EXIT_NO_CHECKPOINT, EXIT_OK, EXIT_REQUEUE
 from tests.faults.faults import Bench, Seen, fault
 

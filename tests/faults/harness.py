@@ -19,10 +19,10 @@ from typing import Literal
 
 import torch
 
-from distributed_at.engine.launch import free_port
-from distributed_at.engine.preemption import prepare_process
+from distributed_at.engine.processes.launch import free_port
+from distributed_at.engine.processes.preemption import prepare_process
 from distributed_at.engine.run import run_worker
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.recipes import load_recipe
 from tests.patience import STILL, Stuck, wait_until
 from tests.training_kit import RECIPE, TINY

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from distributed_at.engine.checkpoint_files import step_name
+from distributed_at.engine.checkpoint.files import step_name
 from distributed_at.engine.nonfinite import NonfiniteGuard
 from distributed_at.errors import EXIT_DIVERGED, EXIT_OK
 from distributed_at.objectives.pgd_at import PgdAt

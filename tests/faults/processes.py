@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
-from distributed_at.engine.preemption import EXIT_SECOND_SIGNAL
+from distributed_at.engine.processes.preemption import EXIT_SECOND_SIGNAL
 from distributed_at.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE
 from tests.faults.faults import SILENT, Bench, Seen, by_rank, fault, told
 from tests.faults.harness import Start
 from tests.patience import Stuck, wait_until
 
 STEP = "distributed_at.engine.trainer:Trainer._step"
-SAVE = "distributed_at.engine.checkpoint:_hash_own"  # a shard is written, the checkpoint has no name yet
+SAVE = "distributed_at.engine.checkpoint.manager:_hash_own"  # a shard is written, the checkpoint has no name yet
 EVALUATE = "distributed_at.evaluation.runner:_compute"
 VALIDATING = [
     "data.validation_size=24",

@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from distributed_at.cli import main
-from distributed_at.engine.runlock import LOCK, RunLock, this_process
+from distributed_at.engine.runs.lock import LOCK, RunLock, this_process
 from distributed_at.errors import EXIT_CONFIG, EXIT_LOCKED, EXIT_OK, EXIT_REQUEUE
 from tests.distributed.test_elastic import LOSS_TOLERANCE
 from tests.faults.faults import SAVING, SILENT, Bench, Seen, by_rank, fault, told

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from distributed_at.engine.checkpoint import CheckpointManager
+from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.errors import EXIT_CONFIG, EXIT_NO_CHECKPOINT, EXIT_OK, EXIT_REQUEUE
 from tests.faults.faults import SILENT, Bench, Seen, fault, log_lines
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from distributed_at.engine.checkpoint_tools import read_checkpoint
+from distributed_at.engine.checkpoint.tools import read_checkpoint
 from distributed_at.observe.events import read_events
 from tests.distributed.test_elastic import FIRST, FIRST_TOLERANCE, LOSS_TOLERANCE, RECIPE, STEPS
 from tests.faults.harness import Start

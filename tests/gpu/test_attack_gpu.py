@@ -7,8 +7,8 @@ import torch
 
 from distributed_at.attacks import PGD, Threat
 from distributed_at.config import ModelConfig
-from distributed_at.engine.compiled_attack import StaticIteration
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.compiled_attack import StaticIteration
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.models import build_model
 
 pytestmark = [

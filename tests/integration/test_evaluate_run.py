@@ -13,11 +13,11 @@ import torch
 from sklearn.datasets import load_digits
 
 from distributed_at.data.sources import open_split
-from distributed_at.engine.evaluate_run import RunEvaluation, evaluate_run
-from distributed_at.engine.evaluate_run import measure as measure_entries
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.evaluate_run import RunEvaluation, evaluate_run
+from distributed_at.engine.runs.evaluate_run import measure as measure_entries
+from distributed_at.engine.runs.folder import RunFolder
+from distributed_at.engine.runs.weights import open_network
 from distributed_at.engine.trainer import Trainer
-from distributed_at.engine.weights import open_network
 from distributed_at.errors import CheckpointError
 from distributed_at.float32 import tf32
 from distributed_at.observe.events import read_events
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunEvaluation]:
         assert split == "test", f"an evaluation of the test split opened {split}"
         return open_split(data, split, **options)
 
-    with mock.patch("distributed_at.engine.evaluate_run.open_split", test_images_alone):
+    with mock.patch("distributed_at.engine.runs.evaluate_run.open_split", test_images_alone):
         return folder, evaluate_run(folder)
 
 
@@ -149,6 +149,6 @@ def test_training_in_tf32_is_validated_and_evaluated_in_float32(
     with tf32(False):
         held_out = ["data.validation_size=40", "evaluation.validation=[{kind: clean}]", "train.select=best_validation"]
         folder = train(tiny("train.precision=tf32", "train.epochs=1", *held_out), tmp_path / "run")
-        monkeypatch.setattr("distributed_at.engine.evaluate_run.measure", spy("evaluation"))
+        monkeypatch.setattr("distributed_at.engine.runs.evaluate_run.measure", spy("evaluation"))
         evaluate_run(folder)
     assert seen == {"training": {True}, "validation": {False}, "evaluation": {False}}

@@ -23,8 +23,8 @@ from PIL import Image
 
 from distributed_at.cli import main
 from distributed_at.data.shards import SHARDS_NAME, write_shards
-from distributed_at.engine import checkpoint_files as files
-from distributed_at.engine.checkpoint import CheckpointManager
+from distributed_at.engine.checkpoint import files
+from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.errors import CheckpointError
 
 DATA = "__0_0.distcp"

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from distributed_at.engine.builder import build_network
-from distributed_at.engine.checkpoint_tools import checkpoint_convert, read_weights
-from distributed_at.engine.initial_weights import apply_initial_weights, check_initial_weights, read_initial_weights
+from distributed_at.engine.checkpoint.tools import checkpoint_convert, read_weights
 from distributed_at.engine.microbatches import MicroBatches
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.folder import RunFolder
+from distributed_at.engine.runs.initial_weights import (
+    apply_initial_weights,
+    check_initial_weights,
+    read_initial_weights,
+)
 from distributed_at.errors import CheckpointError, ConfigError
 from distributed_at.models.norm import bn_buffers
 from distributed_at.recipes import load_recipe

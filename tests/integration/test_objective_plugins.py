@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from distributed_at.batch import Batch
-from distributed_at.engine.checkpoint_tools import read_checkpoint
+from distributed_at.engine.checkpoint.tools import read_checkpoint
 from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from distributed_at.observe.record import load_run
 from distributed_at.observe.report.page import _facts

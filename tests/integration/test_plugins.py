@@ -13,7 +13,7 @@ import pytest
 
 from distributed_at.cli import main
 from distributed_at.config import RunConfig
-from distributed_at.engine.evaluate_run import evaluate_run
+from distributed_at.engine.runs.evaluate_run import evaluate_run
 from distributed_at.errors import ConfigError
 from distributed_at.objectives import OBJECTIVES
 from distributed_at.planning import make_plan

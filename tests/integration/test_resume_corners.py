@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distributed_at.engine.builder import build_network
-from distributed_at.engine.checkpoint_tools import read_checkpoint
+from distributed_at.engine.checkpoint.tools import read_checkpoint
 from distributed_at.engine.nonfinite import NonfiniteGuard
 from distributed_at.errors import EXIT_OK
 from distributed_at.models.norm import bn_buffers

@@ -16,13 +16,14 @@ from unittest import mock
 import pytest
 import torch
 
-from distributed_at.engine import compiled_attack, folding, twin_check
 from distributed_at.engine.averaging import WeightAverage
 from distributed_at.engine.buffers import BufferMerger
 from distributed_at.engine.builder import Parts
 from distributed_at.engine.parallel import TrainingEngine
-from distributed_at.engine.twin import Twin
-from distributed_at.engine.twin_check import TwinCheck, TwinMismatchError
+from distributed_at.engine.twin import check as twin_check
+from distributed_at.engine.twin import compiled_attack, folding
+from distributed_at.engine.twin.check import TwinCheck, TwinMismatchError
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from distributed_at.objectives.pgd_at import PgdAt
 from tests.distributed.launch import run_ranks
@@ -270,7 +271,7 @@ def test_a_network_wired_otherwise_is_caught_and_the_first_layer_named(tmp_path:
         module.recompile()
         return module, sources
 
-    with mock.patch("distributed_at.engine.twin.rewrite", without_first_relu):
+    with mock.patch("distributed_at.engine.twin.twin.rewrite", without_first_relu):
         error = caught(tmp_path, [*FOLDED, *AT_ONCE], at=0)
     assert error.what.startswith("the logits (from maxpool on)")
 

@@ -11,9 +11,9 @@ from unittest import mock
 import torch
 
 from distributed_at.engine.builder import build_parts
-from distributed_at.engine.checkpoint_tools import read_checkpoint
+from distributed_at.engine.checkpoint.tools import read_checkpoint
 from distributed_at.engine.run import run_training
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.recipes import load_recipe
 from tests.training_kit import _one_world
 

@@ -294,7 +294,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "folded norms forget the eps of batch norm",
-        "engine/folding.py",
+        "engine/twin/folding.py",
         "[n.eps for n in norms]",
         "[1e-5 for n in norms]",
         _RUN + "[intriguing-properties-1x1]",

@@ -85,14 +85,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "the checkpoint that is marked best is the newest one saved",
-        "engine/checkpoint_retention.py",
+        "engine/checkpoint/retention.py",
         "folder = root / files.step_name(step)\n",
         "folder = files.list_steps(root)[0][1]\n",
         _EVAL,
     ),
     Mutation(
         "'auto' is the best checkpoint wherever one is marked",
-        "engine/weights.py",
+        "engine/runs/weights.py",
         'which = "best" if config.train.select == "best_validation" else "last"',
         'which = "best" if manager.best() is not None else "last"',
         _WEIGHTS + "test_eval_of_a_run_that_selects_the_last_takes_the_last",
@@ -108,14 +108,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "a run that selects its last weights hands on its best",
-        "engine/initial_weights.py",
+        "engine/runs/initial_weights.py",
         'if held.train.select == "best_validation" else None',
         "if held.train.select else None",
         _WEIGHTS + "test_eval_of_a_run_that_selects_the_last_takes_the_last",
     ),
     Mutation(
         "convert writes the live weights for the averaged ones",
-        "engine/checkpoint_tools.py",
+        "engine/checkpoint/tools.py",
         'weights = "ema" if average else "model"',
         'weights = "model" if average else "ema"',
         _LEAVE,

@@ -103,7 +103,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "other networks are saved without their statistics",
-        "engine/checkpoint_state.py",
+        "engine/checkpoint/state.py",
         "in network.state_dict().items()",
         "in network.named_parameters()",
         _PLUGINS + "test_statistics_of_other_networks_are_saved",

@@ -15,7 +15,7 @@ _EVERY_IMAGE = (
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "rank = local_rank",
-        "engine/launch.py",
+        "engine/processes/launch.py",
         'Rank(int(environ["RANK"]), int',
         'Rank(int(environ.get("LOCAL_RANK", 0)), int',
         "tests/unit/test_launch.py::test_local_rank_is_not_the_rank",

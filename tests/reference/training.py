@@ -11,9 +11,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from distributed_at.engine.checkpoint_tools import read_checkpoint
+from distributed_at.engine.checkpoint.tools import read_checkpoint
 from distributed_at.engine.run import run_training
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.errors import EXIT_OK
 from distributed_at.observe.events import read_events
 from tests.distributed.launch import run_ranks

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from distributed_at.engine.launch import free_port
+from distributed_at.engine.processes.launch import free_port
 
 ROOT = Path(__file__).parents[2]
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"

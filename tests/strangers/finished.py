@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from distributed_at.cli import main
-from distributed_at.engine.checkpoint_tools import read_checkpoint
+from distributed_at.engine.checkpoint.tools import read_checkpoint
 from distributed_at.models import build_model
 from distributed_at.recipes import load_recipe
 from tests.training_kit import one_world

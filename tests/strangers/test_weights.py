@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from distributed_at.data.sources import open_split
-from distributed_at.engine.checkpoint_tools import checkpoint_convert, read_weights
-from distributed_at.engine.initial_weights import read_initial_weights
+from distributed_at.engine.checkpoint.tools import checkpoint_convert, read_weights
+from distributed_at.engine.runs.initial_weights import read_initial_weights
 from distributed_at.observe.events import read_events
 from distributed_at.recipes import load_recipe
 from tests.strangers.checking import assert_inside

@@ -62,7 +62,7 @@ def test_certificate_is_a_function_of_the_seed() -> None:
 
 def test_weak_attack_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attack whose 16-bit gradients vanish stays at its start; its robust accuracy must be seen to be higher."""
-    from distributed_at.engine.twin import Twin
+    from distributed_at.engine.twin.twin import Twin
 
     whole = Twin.__call__
 

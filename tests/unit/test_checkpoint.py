@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint import CheckpointException
 
-from distributed_at.engine import checkpoint_files as files
-from distributed_at.engine.checkpoint import CheckpointManager
-from distributed_at.engine.checkpoint_files import BadCheckpoint
-from distributed_at.engine.checkpoint_shards import FlatShard
-from distributed_at.engine.checkpoint_state import shard_places
-from distributed_at.engine.failures import lost_rank
+from distributed_at.engine.checkpoint import files
+from distributed_at.engine.checkpoint.files import BadCheckpoint
+from distributed_at.engine.checkpoint.manager import CheckpointManager
+from distributed_at.engine.checkpoint.shards import FlatShard
+from distributed_at.engine.checkpoint.state import shard_places
+from distributed_at.engine.processes.failures import lost_rank
 from distributed_at.errors import CheckpointError, UserError
 
 
@@ -63,7 +63,7 @@ def test_a_rank_lost_while_a_checkpoint_is_read_is_no_bad_checkpoint(wrapped, tm
     def peer_dies(*args: object, **kwargs: object) -> None:
         raise lost
 
-    monkeypatch.setattr("distributed_at.engine.checkpoint.dcp.load", peer_dies)
+    monkeypatch.setattr("distributed_at.engine.checkpoint.manager.dcp.load", peer_dies)
     with pytest.raises(ConnectionError, match="another rank was lost while step_00000001 was read") as caught:
         m.load(m.latest_good(), state(0))
     assert lost_rank(caught.value)
@@ -292,12 +292,16 @@ def test_after_a_failure_saves_wait_unless_forced(tmp_path):
 def test_the_wait_after_a_failed_save_doubles_up_to_a_quarter_of_an_hour_and_begins_anew(tmp_path, monkeypatch):
     events: list = []
     m = manager(tmp_path / "run", events, retry_seconds=30.0)
-    monkeypatch.setattr("distributed_at.engine.checkpoint._fresh_folder", lambda path: (tmp_path / "none").read_text())
+    monkeypatch.setattr(
+        "distributed_at.engine.checkpoint.manager._fresh_folder", lambda path: (tmp_path / "none").read_text()
+    )
     for step in range(7):
         m.save(step, state(step), {}, force=True)
     monkeypatch.undo()
     assert m.save(8, state(8), {}, force=True).ok
-    monkeypatch.setattr("distributed_at.engine.checkpoint._fresh_folder", lambda path: (tmp_path / "none").read_text())
+    monkeypatch.setattr(
+        "distributed_at.engine.checkpoint.manager._fresh_folder", lambda path: (tmp_path / "none").read_text()
+    )
     m.save(9, state(9), {}, force=True)
     told = [fields["message"].rpartition("in ")[2] for kind, fields in events if kind == "warning"]
     assert told == ["30 s", "60 s", "120 s", "240 s", "480 s", "900 s", "900 s", "30 s"]
@@ -344,7 +348,7 @@ def test_a_gap_in_the_saved_fragments_is_refused(tmp_path):
 
 KILLED = """
 import sys, torch
-from distributed_at.engine.checkpoint import CheckpointManager
+from distributed_at.engine.checkpoint.manager import CheckpointManager
 m = CheckpointManager(sys.argv[1])
 step = 0
 while True:

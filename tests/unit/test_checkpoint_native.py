@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distributed_at.engine.checkpoint_native import read_native
+from distributed_at.engine.checkpoint.native import read_native
 from distributed_at.errors import CheckpointError
 
 RANKS = 11  # by name, rank 10 stands before rank 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distributed_at.engine.checkpoint_shards import FlatShard
+from distributed_at.engine.checkpoint.shards import FlatShard
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 128])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distributed_at.engine import checkpoint_tools as tools
-from distributed_at.engine.checkpoint import CheckpointManager
+from distributed_at.engine.checkpoint import tools
+from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.errors import CheckpointError, ConfigError
 
 

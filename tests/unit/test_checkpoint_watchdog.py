@@ -6,14 +6,14 @@ import sys
 import time
 from types import SimpleNamespace
 
-from distributed_at.engine import watchdog
-from distributed_at.engine.watchdog import StepTimes, Watchdog
+from distributed_at.engine.processes import watchdog
+from distributed_at.engine.processes.watchdog import StepTimes, Watchdog
 from distributed_at.errors import EXIT_HANG
 from tests.patience import LONGEST, run
 
 HANG = f"""
 import sys, time
-from distributed_at.engine.watchdog import Watchdog
+from distributed_at.engine.processes.watchdog import Watchdog
 dog = Watchdog(sys.argv[1], rank=3, timeouts={{"step": 0.5, "setup": {LONGEST}}})
 def stuck_in_the_loader():
     time.sleep({LONGEST})

@@ -10,9 +10,9 @@ from torch import nn
 from distributed_at.attacks import PGD, Threat
 from distributed_at.attacks.iteration import Iteration
 from distributed_at.config import AttackConfig, ModelConfig
-from distributed_at.engine.compiled_attack import StaticIteration, Work, build_iteration
-from distributed_at.engine.cuda_graph import GraphedIteration
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.compiled_attack import StaticIteration, Work, build_iteration
+from distributed_at.engine.twin.cuda_graph import GraphedIteration
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.models import build_model
 
 BATCH, CLASSES = 6, 5

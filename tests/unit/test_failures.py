@@ -7,7 +7,7 @@ import traceback
 import pytest
 from torch.distributed.checkpoint import CheckpointException
 
-from distributed_at.engine.failures import lost_rank, what_was_lost, write_failure
+from distributed_at.engine.processes.failures import lost_rank, what_was_lost, write_failure
 
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.4]:2134. This is typically due to X"
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from distributed_at.config import ModelConfig
-from distributed_at.engine.folding import GroupNormReLU
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.folding import GroupNormReLU
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.models import BatchNorm, build_model
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from distributed_at.engine.launch import (
+from distributed_at.engine.processes.launch import (
     _wait,
     available_workers,
     check_workers,
@@ -109,7 +109,7 @@ def test_the_code_of_several_failing_ranks_is_the_one_that_explains_most(codes, 
 
 def test_an_ended_launcher_leaves_no_worker(tmp_path):
     program = (
-        "import sys; from distributed_at.engine import launch\n"
+        "import sys; from distributed_at.engine.processes import launch\n"
         "real = launch.subprocess.Popen\n"
         "def sleeping(command, **kw): return real([sys.executable, '-c', 'import time; time.sleep(3600)'], **kw)\n"
         "launch.subprocess.Popen = sleeping\n"

@@ -14,7 +14,7 @@ from distributed_at.attacks import PGD, Threat
 from distributed_at.attacks.balls import Bounds
 from distributed_at.attacks.losses import Goal
 from distributed_at.config import ModelConfig
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.models import build_model
 
 CLASSES = 5

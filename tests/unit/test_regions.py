@@ -7,9 +7,9 @@ import torch
 from torch import fx, nn
 
 from distributed_at.config import ModelConfig
-from distributed_at.engine.compiled_attack import REGIONAL_CONVOLUTIONS, StaticIteration, convolutions_to_compile
-from distributed_at.engine.regions import CompiledRegions, count_convolutions, cut
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.compiled_attack import REGIONAL_CONVOLUTIONS, StaticIteration, convolutions_to_compile
+from distributed_at.engine.twin.regions import CompiledRegions, count_convolutions, cut
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.models import build_model
 from tests.unit.test_compiled_attack import BATCH, attack, batch, compilations, disturb  # noqa: F401
 

@@ -9,11 +9,11 @@ import torch
 
 from distributed_at.config import RunConfig
 from distributed_at.engine.builder import build_network
-from distributed_at.engine.checkpoint import CheckpointManager
-from distributed_at.engine.checkpoint_state import BUFFER, EMA, MODEL
-from distributed_at.engine.initial_weights import read_initial_weights
-from distributed_at.engine.runfolder import RunFolder
-from distributed_at.engine.weights import find_checkpoint, load_network
+from distributed_at.engine.checkpoint.manager import CheckpointManager
+from distributed_at.engine.checkpoint.state import BUFFER, EMA, MODEL
+from distributed_at.engine.runs.folder import RunFolder
+from distributed_at.engine.runs.initial_weights import read_initial_weights
+from distributed_at.engine.runs.weights import find_checkpoint, load_network
 from distributed_at.errors import CheckpointError
 from distributed_at.recipes import load_recipe
 from tests.training_kit import RECIPE, TINY

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.errors import ConfigError
 from distributed_at.recipes import load_recipe
 from tests.training_kit import RECIPE, TINY

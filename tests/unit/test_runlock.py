@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from distributed_at.engine import runlock
-from distributed_at.engine.runlock import RunLock, this_process
+from distributed_at.engine.runs import lock as runlock
+from distributed_at.engine.runs.lock import RunLock, this_process
 from distributed_at.errors import EXIT_LOCKED, LockedError
 from tests.patience import LONGEST, wait_until
 

@@ -13,9 +13,9 @@ import pytest
 
 from distributed_at import errors
 from distributed_at.cli import main
-from distributed_at.engine.checkpoint_files import Manifest, hash_file, write_manifest
-from distributed_at.engine.runlock import RunLock
-from distributed_at.engine.status import run_status
+from distributed_at.engine.checkpoint.files import Manifest, hash_file, write_manifest
+from distributed_at.engine.runs.lock import RunLock
+from distributed_at.engine.runs.status import run_status
 
 ROOT = Path(__file__).parents[2]
 

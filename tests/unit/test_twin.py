@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distributed_at.config import ModelConfig
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.models import LAYOUTS, bn_buffers, build_model, set_branch
 from distributed_at.models.activations import ACTIVATIONS
 from distributed_at.models.norm import norm_layers

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distributed_at.engine.checkpoint_shards import FlatShard
+from distributed_at.engine.checkpoint.shards import FlatShard
 from distributed_at.errors import CheckpointError, did_you_mean
 
 MODEL, OPTIMIZER, EMA, BUFFER, OBJECTIVE = "model.", "optimizer.", "ema.", "buffer.", "objective."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distributed_at.config import RunConfig
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.observe.events import View
 from distributed_at.observe.wandb import WandbView
 

@@ -20,9 +20,9 @@ from distributed_at.attacks.balls import Bounds
 from distributed_at.attacks.iteration import Iteration
 from distributed_at.attacks.losses import Goal
 from distributed_at.config import AttackConfig
-from distributed_at.engine.cuda_graph import Capture, GraphedIteration, capture_cuda
-from distributed_at.engine.regions import CompiledRegions, count_convolutions, count_distinct_convolutions, cut
-from distributed_at.engine.twin import Twin
+from distributed_at.engine.twin.cuda_graph import Capture, GraphedIteration, capture_cuda
+from distributed_at.engine.twin.regions import CompiledRegions, count_convolutions, count_distinct_convolutions, cut
+from distributed_at.engine.twin.twin import Twin
 from distributed_at.models.norm import BatchNorm
 from distributed_at.ops.build import cache_folder
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distributed_at.engine.checkpoint_state import BUFFER, MODEL, OPTIMIZER
+from distributed_at.engine.checkpoint.state import BUFFER, MODEL, OPTIMIZER
 from distributed_at.errors import CheckpointError
 
 _SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")

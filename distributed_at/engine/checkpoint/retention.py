@@ -6,8 +6,8 @@ import json
 import math
 from pathlib import Path
 
-from distributed_at.engine import checkpoint_files as files
-from distributed_at.engine.checkpoint_files import BadCheckpoint
+from distributed_at.engine.checkpoint import files
+from distributed_at.engine.checkpoint.files import BadCheckpoint
 from distributed_at.files import write_atomically
 
 BEST = "best.json"

@@ -1,7 +1,7 @@
 """Saves and finds checkpoints that exist wholly or not at all, on any number of ranks, in the background if asked.
 
 It stores named tensors and JSON; which tensors make up a training state is ``checkpoint_state``'s business. Its folder
-belongs to one live run: hold the run's lock (``runlock``) before making a manager.
+belongs to one live run: hold the run's lock (``engine.runs.lock``) before making a manager.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from distributed_at.engine import checkpoint_files as files
-from distributed_at.engine.checkpoint_files import BadCheckpoint, Manifest
-from distributed_at.engine.checkpoint_ranks import SHOWN, Ranks, attempt, first_line, merge
-from distributed_at.engine.checkpoint_reader import PlainWriter, SafeReader
-from distributed_at.engine.checkpoint_retention import prune, read_best, write_best
-from distributed_at.engine.checkpoint_shards import (
+from distributed_at.engine.checkpoint import files
+from distributed_at.engine.checkpoint.files import BadCheckpoint, Manifest
+from distributed_at.engine.checkpoint.ranks import SHOWN, Ranks, attempt, first_line, merge
+from distributed_at.engine.checkpoint.reader import PlainWriter, SafeReader
+from distributed_at.engine.checkpoint.retention import prune, read_best, write_best
+from distributed_at.engine.checkpoint.shards import (
     FlatLoadPlanner,
     FlatSavePlanner,
     FlatShard,
@@ -35,7 +35,7 @@ from distributed_at.engine.checkpoint_shards import (
     mismatches,
     snapshot,
 )
-from distributed_at.engine.failures import lost_rank
+from distributed_at.engine.processes.failures import lost_rank
 from distributed_at.errors import CheckpointError, UserError
 from distributed_at.files import write_atomically
 

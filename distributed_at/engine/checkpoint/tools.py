@@ -16,15 +16,15 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from distributed_at.engine import checkpoint_files as files
-from distributed_at.engine.checkpoint import CheckpointManager
-from distributed_at.engine.checkpoint_files import BadCheckpoint, Manifest
-from distributed_at.engine.checkpoint_native import read_native
-from distributed_at.engine.checkpoint_ranks import first_line
-from distributed_at.engine.checkpoint_reader import SafeReader, load_without_code
-from distributed_at.engine.checkpoint_retention import read_best
-from distributed_at.engine.checkpoint_shards import FlatLoadPlanner, FlatShard
-from distributed_at.engine.checkpoint_state import BUFFER, EMA, MODEL
+from distributed_at.engine.checkpoint import files
+from distributed_at.engine.checkpoint.files import BadCheckpoint, Manifest
+from distributed_at.engine.checkpoint.manager import CheckpointManager
+from distributed_at.engine.checkpoint.native import read_native
+from distributed_at.engine.checkpoint.ranks import first_line
+from distributed_at.engine.checkpoint.reader import SafeReader, load_without_code
+from distributed_at.engine.checkpoint.retention import read_best
+from distributed_at.engine.checkpoint.shards import FlatLoadPlanner, FlatShard
+from distributed_at.engine.checkpoint.state import BUFFER, EMA, MODEL
 from distributed_at.errors import CheckpointError, ConfigError, did_you_mean
 
 _BUFFER_ENDINGS = ("running_mean", "running_var", "num_batches_tracked")

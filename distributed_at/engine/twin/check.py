@@ -20,7 +20,7 @@ from distributed_at.attacks.iteration import Iteration
 from distributed_at.attacks.losses import Goal
 from distributed_at.batch import Batch
 from distributed_at.config import AttackConfig
-from distributed_at.engine.twin import DTYPES, Twin
+from distributed_at.engine.twin.twin import DTYPES, Twin
 from distributed_at.errors import ConfigError
 from distributed_at.models.branches import set_branch
 from distributed_at.models.norm import BatchNorm, MixtureBatchNorm, set_bn_mode, set_group_size

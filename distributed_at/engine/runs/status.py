@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distributed_at.engine import checkpoint_files as files
-from distributed_at.engine.checkpoint_files import BadCheckpoint
-from distributed_at.engine.runlock import RunLock
+from distributed_at.engine.checkpoint import files
+from distributed_at.engine.checkpoint.files import BadCheckpoint
+from distributed_at.engine.runs.lock import RunLock
 from distributed_at.errors import LockedError, exit_class
 from distributed_at.observe.events import read_events
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distributed_at.config import BnMode
-from distributed_at.engine.folding import Sources, rewrite
+from distributed_at.engine.twin.folding import Sources, rewrite
 from distributed_at.models.branches import set_branch
 from distributed_at.models.norm import set_bn_mode
 

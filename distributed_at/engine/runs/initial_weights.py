@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import nn
 
 from distributed_at.config import RunConfig
-from distributed_at.engine import checkpoint_files as files
-from distributed_at.engine.checkpoint_retention import read_best
-from distributed_at.engine.checkpoint_tools import read_weights
+from distributed_at.engine.checkpoint import files
+from distributed_at.engine.checkpoint.retention import read_best
+from distributed_at.engine.checkpoint.tools import read_weights
 from distributed_at.engine.parallel import World
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.errors import CheckpointError, ConfigError, UserError
 from distributed_at.models.parameters import load_torchvision_state_dict
 

@@ -1,6 +1,6 @@
 """Measure a run's network: the one way from a run folder to accuracies and verdicts, for commands and notebooks.
 
-    from distributed_at.engine.evaluate_run import evaluate_run
+    from distributed_at.engine.runs.evaluate_run import evaluate_run
     found = evaluate_run("runs/mine")
     print(found.results[0].accuracy, found.verdicts)
 
@@ -24,9 +24,9 @@ from distributed_at.config import EvaluationEntry, RunConfig
 from distributed_at.data.source import ImageSource
 from distributed_at.data.sources import open_split
 from distributed_at.engine.parallel import World
-from distributed_at.engine.runfolder import RunFolder
-from distributed_at.engine.views import remote_views
-from distributed_at.engine.weights import SavedNetwork, open_network
+from distributed_at.engine.runs.folder import RunFolder
+from distributed_at.engine.runs.views import remote_views
+from distributed_at.engine.runs.weights import SavedNetwork, open_network
 from distributed_at.evaluation import EvaluationResult, Execution, Subject, Verdict, evaluate_entry, judge
 from distributed_at.evaluation.examples import save_examples
 from distributed_at.float32 import tf32

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from distributed_at.engine.checkpoint_files import BadCheckpoint, Manifest, open_plain
+from distributed_at.engine.checkpoint.files import BadCheckpoint, Manifest, open_plain
 from distributed_at.plain_pickle import PlainUnpickler
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")

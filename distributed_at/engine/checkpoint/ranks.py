@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException  # not an Exception: it derives from BaseException
 
-from distributed_at.engine.checkpoint_files import BadCheckpoint
+from distributed_at.engine.checkpoint.files import BadCheckpoint
 
 T = TypeVar("T")
 SHOWN = 6  # reasons listed in one message

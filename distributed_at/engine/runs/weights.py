@@ -11,10 +11,10 @@ from torch import nn
 
 from distributed_at.config import RunConfig
 from distributed_at.engine.builder import build_network
-from distributed_at.engine.checkpoint import CheckpointManager
-from distributed_at.engine.checkpoint_files import BadCheckpoint, read_manifest
-from distributed_at.engine.checkpoint_state import BUFFER, EMA, MODEL
-from distributed_at.engine.runfolder import RunFolder
+from distributed_at.engine.checkpoint.files import BadCheckpoint, read_manifest
+from distributed_at.engine.checkpoint.manager import CheckpointManager
+from distributed_at.engine.checkpoint.state import BUFFER, EMA, MODEL
+from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.errors import CheckpointError
 
 Choice = Literal["auto", "best", "last"]
