@@ -137,11 +137,11 @@ class NoCheckpoints:
 
     failure: str | None = None
 
-    def resume(self, trainer: object) -> bool:
+    def resume(self) -> bool:
         """Say that there was nothing to resume."""
         return False
 
-    def save_if_due(self, trainer: object, **_: bool) -> bool:
+    def save_if_due(self, **_: bool) -> bool:
         """Say that all is well with the weights."""
         return True
 

@@ -22,6 +22,7 @@ from benchmarks import common
 from distributed_at.engine.builder import Parts, build_network, build_parts, set_groups
 from distributed_at.engine.microbatches import MicroBatches
 from distributed_at.engine.parallel import initialise_world, shutdown_world
+from distributed_at.engine.state import TrainingState
 from distributed_at.engine.trainer import Trainer
 from distributed_at.observe.events import EventLog
 from distributed_at.recipes import load_recipe
@@ -65,7 +66,7 @@ def engine(parts: Parts, steps: int, folder: Path) -> None:
     """Train with the trainer's loop, from step 0 with the weights as they are."""
     parts.total_steps = steps
     with EventLog(folder) as events:
-        Trainer(parts, common.NoCheckpoints(), None, events).run()  # type: ignore[arg-type]
+        Trainer(TrainingState(parts), common.NoCheckpoints(), None, events).run()  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from distributed_at.config import EvaluationEntry
 from distributed_at.data.sources import open_split
 from distributed_at.engine.builder import Parts, build_parts
 from distributed_at.engine.parallel import World, initialise_world, shutdown_world
+from distributed_at.engine.state import TrainingState
 from distributed_at.engine.trainer import Trainer
 from distributed_at.engine.twin.compiled_attack import StaticIteration
 from distributed_at.engine.twin.twin import Twin
@@ -93,7 +94,7 @@ def train(seed: int, steps: int, world: World, *, fast: bool) -> Trained:
             first_epoch = graphs()
 
     started = time.monotonic()
-    Trainer(parts, common.NoCheckpoints(), None, None, on_step=note).run()  # type: ignore[arg-type]
+    Trainer(TrainingState(parts), common.NoCheckpoints(), None, None, on_step=note).run()  # type: ignore[arg-type]
     seconds = time.monotonic() - started
     if isinstance(parts.iteration, StaticIteration) and parts.iteration.failed:
         raise SystemExit(f"the fast path did not run: {parts.iteration.failed}")

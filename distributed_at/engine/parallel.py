@@ -216,6 +216,17 @@ class TrainingEngine:
         self.frozen_bn = False
         set_bn_mode(self.module, "train")
 
+    def state_dict(self) -> bool:
+        """Return what is kept between steps beside tensors: whether statistics are frozen."""
+        return self.frozen_bn
+
+    def load_state_dict(self, state: bool) -> None:
+        """Freeze statistics, or let them move again, as they did when ``state_dict`` was called."""
+        if state:
+            self.freeze_bn()
+        elif self.frozen_bn:
+            self.unfreeze_bn()
+
     @property
     def step_applied(self) -> bool:
         """Whether the last step moved the weights: ZeRO 1 and 2, and one process, skip a gradient that is not finite."""

@@ -1,7 +1,7 @@
 """The training loop: data -> attack -> objective -> backward -> step -> events -> checkpoint and evaluation.
 
-One step is a pure function of (weights, step number, recipe); everything that the loop keeps between steps is in
-``TrainerState``. Building the parts is ``builder.py``; this file only runs them.
+One step is a pure function of (weights, step number, recipe); everything that is kept between steps is in
+``state.py``. Building the parts is ``builder.py``; this file only runs them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from distributed_at.engine.builder import Parts
+from distributed_at.engine.checkpoint.saving import Checkpoints
 from distributed_at.engine.clock import StepClock
 from distributed_at.engine.microbatches import MicroBatch, MicroBatches
 from distributed_at.engine.nonfinite import (
@@ -21,28 +21,19 @@ from distributed_at.engine.nonfinite import (
     LOSS,
     SPIKE,
     WORDS,
-    NonfiniteGuard,
     offending_ids,
 )
 from distributed_at.engine.parallel import gather_all, sum_over_ranks
 from distributed_at.engine.processes.notes import Notes
 from distributed_at.engine.processes.preemption import agree_max
 from distributed_at.engine.processes.watchdog import StepTimes
-from distributed_at.engine.progress import EarlyStopping, Meters
-from distributed_at.engine.resume import Checkpoints
+from distributed_at.engine.state import TrainingState
 from distributed_at.engine.validation import Validator
 from distributed_at.errors import CheckpointError, DivergedError
 from distributed_at.objectives import Terms
 from distributed_at.observe.events import EventLog
 
 SLOW_SECONDS = 0.02  # a rank that is later by less holds nobody up
-
-
-@dataclass
-class TrainerState:
-    """What a checkpoint holds beside tensors."""
-
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ class Trainer:
 
     def __init__(
         self,
-        parts: Parts,
+        state: TrainingState,
         checkpoints: Checkpoints,
         validator: Validator | None,
         events: EventLog | None,
@@ -68,11 +59,11 @@ class Trainer:
         watch: Callable[[str], AbstractContextManager[None]] = lambda section: nullcontext(),
         notes: Notes | None = None,
     ) -> None:
-        self.parts = parts
+        self.state = state
+        self.parts = parts = state.parts
         self.config = parts.config
         self.world = parts.world
-        self.state = TrainerState()
-        self.early = EarlyStopping(parts.config.train, parts.config.evaluation)
+        self.guard, self.early, self.meters = state.guard, state.early, state.meters
         self._checkpoints = checkpoints
         self._validator = validator
         self._events = events
@@ -84,13 +75,11 @@ class Trainer:
         self._times = StepTimes()
         self._slow: set[int] = set()
         self._save_asked = False  # agreed in every step
-        self.meters = Meters(parts.world.device)
-        self.guard = NonfiniteGuard(parts.config.train, weights_stay=parts.skips_nonfinite)
 
     def run(self) -> Outcome:
         """Train to the end of the recipe, resuming from the folder's newest good checkpoint."""
         p = self.parts
-        resumed = self._checkpoints.resume(self)
+        resumed = self._checkpoints.resume()
         self.meters.start_at(self.state.step)
         started_from = {} if p.initial_weights is None else {"initial_weights": p.initial_weights}
         self._event(
@@ -100,7 +89,7 @@ class Trainer:
             **started_from,
         )
         if not resumed and self.config.train.on_nonfinite == "rollback":
-            self._checkpoints.save_if_due(self, force=True)  # something to go back to from the first step on
+            self._checkpoints.save_if_due(force=True)  # something to go back to from the first step on
         while (reason := self._loop()) == "rollback":
             self._go_back()
         if self._checkpoints.failure is not None and reason != "stopped":
@@ -183,9 +172,7 @@ class Trainer:
         finished = self.state.step == self.parts.total_steps
         with self._clock.section("checkpoint"), self._watch("checkpoint"):
             last = finished or self.early.should_stop
-            saved = self._checkpoints.save_if_due(
-                self, asked=self._save_asked, force=stop or last, patient=last and not stop
-            )
+            saved = self._checkpoints.save_if_due(asked=self._save_asked, force=stop or last, patient=last and not stop)
         if not saved:
             self._event("nonfinite", at_step=self.state.step - 1, what="weights", sample_ids=[])
             self.guard.failed(self.state.step - 1, "weight", weights_stay=False)
@@ -194,7 +181,7 @@ class Trainer:
     def _go_back(self) -> None:
         """Load the last good checkpoint; the steps in ``guard.skipped`` are then passed over."""
         failed_at = self.state.step
-        if not self._checkpoints.resume(self):
+        if not self._checkpoints.resume():
             raise DivergedError(f"a step before {failed_at} is not finite and there is no checkpoint to go back to")
         self.guard.check_progress(self.state.step)
         self.meters.start_at(self.state.step)
@@ -318,10 +305,8 @@ class Trainer:
             self._event("evaluation", **result.event())
         improved = self.early.update(self.state.step, results, steps_per_epoch)
         if improved:
-            self._checkpoints.mark_best(self, self.early.best)
+            self._checkpoints.mark_best(self.early.best)
 
     def _event(self, kind: str, **fields: object) -> None:
         if self._events is not None:
-            self._events.write(
-                kind, step=self.state.step, epoch=self.state.step / self.parts.order.steps_per_epoch, **fields
-            )
+            self._events.write(kind, step=self.state.step, epoch=self.state.epoch, **fields)

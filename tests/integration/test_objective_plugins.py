@@ -115,7 +115,7 @@ def test_what_there_is_room_for_is_resumed_bitwise(name: str, tmp_path: Path) ->
 
 
 def test_a_network_that_nobody_saves_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed_at.engine.resume.whole_networks", lambda networks: {})
+    monkeypatch.setattr("distributed_at.engine.state.whole_networks", lambda networks: {})
     with pytest.raises(AssertionError):
         in_parts("taught", tmp_path)
 

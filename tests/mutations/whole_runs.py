@@ -22,16 +22,16 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "resume loads only weights",
-        "engine/resume.py",
-        "self._manager.load(path, self._tensors(trainer))",
-        'self._manager.load(path, {n: t for n, t in self._tensors(trainer).items() if n.startswith("model.")})',
+        "engine/checkpoint/saving.py",
+        "self._manager.load(path, self._state.tensors())",
+        'self._manager.load(path, {n: t for n, t in self._state.tensors().items() if n.startswith("model.")})',
         _RESUMED + "[pgd_at-bn-sgd-piecewise-none]",
     ),
     Mutation(
         "resume starts the epoch again",
-        "engine/resume.py",
-        'self._last_step = int(metadata["step"])',
-        'self._last_step = int(metadata["epoch"]) * metadata["steps_per_epoch"]',
+        "engine/state.py",
+        'self.step = int(metadata["step"])',
+        'self.step = int(metadata["epoch"]) * metadata["steps_per_epoch"]',
         _RESUMED + "[pgd_at-bn-sgd-piecewise-none]",
     ),
     Mutation(
