@@ -10,7 +10,7 @@ from distributed_at.observe.cost import format_seconds
 from distributed_at.planning import Plan
 
 
-def render(plan: Plan) -> RenderableType:
+def plan_table(plan: Plan) -> RenderableType:
     """Return a renderable for ``rich``; every number in it is also in ``plan.as_dict()``."""
     facts = Table(box=None, show_header=False, title=plan.name, title_justify="left", title_style="bold")
     facts.add_column(style="bold", no_wrap=True)

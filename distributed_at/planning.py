@@ -20,8 +20,6 @@ from distributed_at.observe.cost import config_units
 from distributed_at.plan_warnings import PlanWarning, plan_warnings
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from distributed_at.models.statistics import ModelStatistics
 
 # Published sizes: (train, test, classes). The digits are one set of 1797, of which 360 are always the test set.
@@ -272,10 +270,3 @@ def _hours(config: RunConfig, gpu: Gpu, *, flops_per_image: float, images: int, 
         wall_hours=gpu_hours / world_size,
         memory_gib=gpu.memory_gib,
     )
-
-
-def plan_table(plan: Plan) -> RenderableType:
-    """Return the plan as a table for the terminal."""
-    from distributed_at.plan_table import render
-
-    return render(plan)

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from distributed_at.planning import make_plan, plan_table
+    from distributed_at.plan_table import plan_table
+    from distributed_at.planning import make_plan
     from distributed_at.recipes import load_recipe
 
     if args.fit_workers is not None:

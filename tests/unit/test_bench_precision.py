@@ -15,7 +15,8 @@ from distributed_at.bench import precision
 from distributed_at.bench.certificate import check_certificate
 from distributed_at.config import AttackConfig, ModelConfig
 from distributed_at.models import build_model
-from distributed_at.planning import make_plan, plan_table
+from distributed_at.plan_table import plan_table
+from distributed_at.planning import make_plan
 from distributed_at.recipes import load_recipe
 
 CLASSES = 4

@@ -8,7 +8,8 @@ from distributed_at.accelerators import GPUS, attack_arithmetic
 from distributed_at.data import digits
 from distributed_at.errors import ConfigError
 from distributed_at.models.statistics import ModelStatistics
-from distributed_at.planning import DATASETS, make_plan, plan_table
+from distributed_at.plan_table import plan_table
+from distributed_at.planning import DATASETS, make_plan
 from distributed_at.recipes import list_recipes, load_recipe
 
 XIE = "imagenet/xie_yuille/base"
