@@ -47,12 +47,14 @@ FILES: dict[str, tuple[str, ...]] = {
     "engine/optimizers.py": _unit("optimizers"),
     "engine/progress.py": (*_unit("progress"), _CONFORMANCE),
     "engine/schedules.py": _unit("schedules"),
-    "evaluation/kinds/autoattack.py": (*_unit("evaluation_plain"), *_AUTOATTACK),
+    "evaluation/kinds/autoattack.py": (*_unit("evaluation_plain", "evaluation_protocol"), *_AUTOATTACK),
     "evaluation/outcome.py": _unit("evaluation_plain", "evaluation_runner"),
-    "evaluation/kinds/pgd.py": _unit("evaluation_plain", "evaluation_runner"),
+    "evaluation/kinds/pgd.py": _unit(
+        "evaluation_plain", "evaluation_runner", "evaluation_step_counts", "evaluation_protocol", "report_numbers"
+    ),
     "evaluation/protocol.py": _unit("evaluation_protocol", "evaluation_plain"),
     "evaluation/worst_case.py": _unit("evaluation_verdicts"),
-    "models/norm.py": (*_unit("norm"), _CONFORMANCE),
+    "models/norm.py": (*_unit("norm"), _CONFORMANCE, "tests/distributed/test_norm_sync.py"),
     "models/parameters.py": _unit("optimizers", "models_weights"),
     "objectives/labels.py": _unit("objectives"),
     "objectives/mixture.py": (*_unit("objectives_plain", "objectives"), _CONFORMANCE),

@@ -194,3 +194,25 @@ def test_flags_come_back_when_the_model_fails() -> None:
     with pytest.raises(RuntimeError):
         PGD(threat=THREAT, num_steps=1, step_size=0.01).perturb(broken, images(), labels())
     assert before == [m.training for m in broken.modules()]
+
+
+def test_draws_are_those_of_seed_zero_unless_another_is_given() -> None:
+    model, x, y = network(), images(), labels()
+    attack = PGD(threat=THREAT, num_steps=2, step_size=2 / 255)
+    told, other = attack.perturb(model, x, y, seed=0), attack.perturb(model, x, y, seed=1)
+    assert not torch.equal(told, other)
+    assert torch.equal(attack.perturb(model, x, y), told)
+    assert torch.equal(attack.perturb_with_info(model, x, y).adv, told)
+
+
+def test_a_second_restart_is_made_and_the_better_image_returned() -> None:
+    model, x, y = network(), images(), labels()
+    once, twice, second = (
+        PGD(threat=THREAT, num_steps=1, step_size=1 / 255, restarts=r, first_draw=first).perturb(model, x, y)
+        for r, first in ((1, 0), (2, 0), (1, 1))
+    )
+    losses = [F.cross_entropy(model(adv), y, reduction="none") for adv in (once, second)]
+    later = losses[1] > losses[0]
+    assert later.any()
+    assert not later.all()
+    assert torch.equal(twice, torch.where(later[:, None, None, None], second, once))

@@ -257,3 +257,18 @@ def test_float32_is_named_tf32_where_a_gpu_computes_so(which, float32_backends, 
     assert effective_dtype("fp32", CPU) == "fp32"
     capability[0] = 7
     assert effective_dtype("fp32", gpu) == "fp32"
+
+
+def test_a_sample_that_pgd_breaks_is_broken_by_its_only_attack():
+    attack = AttackConfig(eps=64, num_steps=1, step_size=64, start="zero")
+    what = build_protocol(
+        evaluation_entry(kind="pgd", attack=attack), weights="w", ids=np.arange(2), num_classes=2, seed=0
+    )
+    x, y = torch.tensor([[0.9, 0.1], [0.55, 0.45]]).view(2, 1, 1, 2), torch.tensor([0, 0])
+    found = run_pgd(lambda images: images.flatten(1), x, y, ids=torch.arange(2), protocol=what)
+    assert (found.broken.tolist(), found.attack.tolist()) == ([False, True], [-1, 0])
+
+
+@pytest.mark.parametrize("change", [{"num_steps": 99}, {"num_steps": 1}, {"num_queries": 4999}])
+def test_a_smaller_budget_than_the_published_one_is_named(change):
+    assert dataclasses.replace(protocol(), **change).name == f"{protocol().name} (reduced budget)"

@@ -213,3 +213,7 @@ def test_weights_hash_sees_every_weight_and_buffer_and_no_wrapper() -> None:
             tensor.view(-1)[0] = old
     assert weights_hash(model) == before
     assert weights_hash(model.double()) != before
+
+
+def test_folder_of_an_evaluation_is_readable_and_has_the_short_hash() -> None:
+    assert BASE["pgd"].folder_name == f"pgd-20-linf-8-255-{BASE['pgd'].short_hash}"

@@ -111,3 +111,7 @@ def test_low_precision_is_part_of_the_protocol_and_runs() -> None:
     assert low.protocol.hash != full.protocol.hash
     assert not torch.equal(torch.from_numpy(low.rows.loss), torch.from_numpy(full.rows.loss))
     assert abs(low.accuracy - full.accuracy) < 0.15
+
+
+def test_worst_case_of_one_attack_is_that_attack() -> None:
+    assert worst_case([result(3, total=5)]).correct == 3

@@ -170,3 +170,12 @@ def test_bn_buffers_are_the_live_tensors_under_their_state_dict_names() -> None:
     named = dict(model.named_buffers())
     assert all(buffer is named[name] for name, buffer in buffers.items())
     assert bn_buffers(build_model(config.model_copy(update={"norm": "gn", "groups": 4}), num_classes=10)) == {}
+
+
+@pytest.mark.parametrize(("unknown", "told"), [(4, ""), (6, "; and 2 more")])
+def test_four_problems_are_named_and_the_rest_counted(unknown: int, told: str) -> None:
+    model = build_model(ModelConfig(arch="resnet18"), num_classes=2)
+    state = {**model.state_dict(), **{f"extra{i}": torch.zeros(1) for i in range(unknown)}}
+    with pytest.raises(ConfigError) as caught:
+        load_torchvision_state_dict(model, state)
+    assert str(caught.value).endswith("; ".join(f"unknown extra{i}" for i in range(4)) + told)

@@ -25,6 +25,7 @@ from distributed_at.models import (
     set_process_group,
 )
 from distributed_at.models.branches import check_branch
+from distributed_at.models.norm import group_shares
 from distributed_at.models.recomputation import recomputation
 
 C = 6
@@ -317,3 +318,25 @@ def test_a_recomputed_forward_gives_the_same_and_moves_nothing_and_the_next_one_
     layer(x)
     assert layer.num_batches_tracked == 2
     assert (layer.running_mean > moved["running_mean"]).all()
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_a_group_that_is_alone_moves_statistics_by_its_share_of_the_step(group_size: int | None) -> None:
+    layer, reference = trained(BatchNorm(C)), trained(BatchNorm(C))
+    set_group_size(layer, group_size)
+    before, x = layer.running_mean.clone(), features(3)
+    with group_shares(layer, (0.6,)):
+        assert torch.allclose(layer(x), reference(x))
+    moved, whole = layer.running_mean - before, reference.running_mean - before
+    assert torch.allclose(moved, 0.6 * whole, atol=1e-6)
+    assert whole.abs().max() > 0.01
+
+
+def test_shares_hold_within_their_block_alone_and_also_after_an_error() -> None:
+    layer = BatchNorm(C)
+    with group_shares(layer, (0.6,)):
+        assert layer.shares == (0.6,)
+    assert layer.shares is None
+    with pytest.raises(KeyError), group_shares(layer, (0.6,)):
+        raise KeyError
+    assert layer.shares is None

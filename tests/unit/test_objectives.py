@@ -245,3 +245,17 @@ def test_an_objective_keeps_what_it_declares() -> None:
     for wrong, said in ((Undeclared, "keeps a state: declare it"), (Lost, r"declares the networks \('teacher',\)")):
         with pytest.raises(TypeError, match=said):
             check_declared(wrong(PgdAt.Config(), ObjectiveContext(num_classes=2, seed=0)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_facts_are_the_classes_own(name: str) -> None:
+    """They are asked for where a recipe is planned and drawn, where no objective is built."""
+    share = OBJECTIVES[name].clean_share(CONFIGS[name])
+    assert share is None or 0.0 <= share <= 1.0
+
+
+def test_the_clean_forward_after_a_step_keeps_nothing_for_a_gradient() -> None:
+    objective = build(PgdAt.Config(bn_clean_updates_per_step=1))
+    recorder, (batch, _) = Recorder(), batch_of()
+    objective.after_step(recorder, batch)
+    assert [(call["branch"], call["bn"], call["grad"]) for call in recorder.calls] == [("adv", "train", False)]

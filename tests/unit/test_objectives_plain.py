@@ -72,3 +72,24 @@ def test_what_a_mixture_says_of_itself_follows_its_ratio():
     assert [Mixture.clean_share(c) for c in (full, part, none)] == [1.0, 0.5, 0.0]
     assert Mixture.passes(part).trained == {"clean": 0.5, "adv": 1.0}
     assert [Mixture.extras(c) for c in (full, Mixture.Config(logit_pairing=0.1))] == [(), ("ALP",)]
+
+
+@pytest.mark.parametrize(
+    ("norm", "groups", "shares"),
+    [
+        ("bn", [(8, 4), (4, 0)], (8 / 12, 4 / 12)),
+        ("mbn", [(8, 4), (4, 0)], (8 / 12,)),  # a clean branch sees groups with clean images alone
+        ("mbn", [(8, 4), (4, 2)], (8 / 12, 4 / 12)),
+        ("mbn", [(8, 4)], None),
+    ],
+)
+def test_groups_move_statistics_by_their_part_of_the_batch(norm, groups, shares):
+    assert build(REAL, Mixture.Config(clean_ratio=0.5), norm=norm)._shares(groups) == shares
+
+
+def test_equal_draws_keep_the_clean_images_of_smaller_id(monkeypatch):
+    monkeypatch.setattr(rng, "words", lambda seed, purpose, epoch, ids, count: torch.zeros(len(ids), count))
+    batch, _ = batch_of()
+    kept = build(REAL, Mixture.Config(clean_ratio=0.5)).clean_rows(batch)
+    smallest = batch.ids.argsort()[: len(batch) // 2]
+    assert kept.tolist() == sorted(smallest.tolist())
