@@ -31,7 +31,7 @@ from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.initial_weights import begin_from, read_into
 from distributed_at.engine.schedules import Schedules
 from distributed_at.engine.twin.check import TwinCheck, wanted
-from distributed_at.engine.twin.compiled_attack import Work, build_iteration, convolutions_to_compile
+from distributed_at.engine.twin.compiled_attack import IterationWork, build_iteration, convolutions_to_compile
 from distributed_at.engine.twin.folding import GroupNormReLU
 from distributed_at.engine.twin.regions import count_convolutions
 from distributed_at.engine.twin.twin import Twin
@@ -164,10 +164,10 @@ def synchronise_groups(module: nn.Module, config: RunConfig, plan: BatchPlan, wo
 
 def _attack_work(
     config: RunConfig, twin: Twin, plan: BatchPlan, source: ImageSource, order: StepOrder, world: World
-) -> Work:
+) -> IterationWork:
     assert config.attack is not None
     statistics = measure(config.model, num_classes=num_classes_of(config, source), image_size=source.image_size)
-    return Work(
+    return IterationWork(
         macs=statistics.macs,
         convolutions=count_convolutions(twin.module),
         compiled_convolutions=convolutions_to_compile(twin),

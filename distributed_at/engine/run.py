@@ -22,7 +22,7 @@ from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.lock import RunLock
 from distributed_at.engine.runs.views import remote_views
 from distributed_at.engine.state import TrainingState
-from distributed_at.engine.trainer import Outcome, Trainer
+from distributed_at.engine.trainer import RunOutcome, Trainer
 from distributed_at.engine.validation import Validator
 from distributed_at.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE, UserError
 from distributed_at.observe.console import ConsoleView
@@ -136,7 +136,7 @@ def _train(
     events: EventLog,
     watchdog: Watchdog,
     stop_requested: Callable[[], bool],
-) -> Outcome:
+) -> RunOutcome:
     def on_checkpoint_event(kind: str, fields: dict[str, Any]) -> None:
         step = int(fields.pop("step", 0))
         events.write(kind, step=step, epoch=step / parts.order.steps_per_epoch, **fields)

@@ -37,7 +37,7 @@ SLOW_SECONDS = 0.02  # a rank that is later by less holds nobody up
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """How a run ended: 'finished', 'stopped' (asked to, saved) or 'early' (no progress on held-out images)."""
 
     reason: str
@@ -76,7 +76,7 @@ class Trainer:
         self._slow: set[int] = set()
         self._save_asked = False  # agreed in every step
 
-    def run(self) -> Outcome:
+    def run(self) -> RunOutcome:
         """Train to the end of the recipe, resuming from the folder's newest good checkpoint."""
         p = self.parts
         resumed = self._checkpoints.resume()
@@ -98,7 +98,7 @@ class Trainer:
                 "Make room and give the same command again: it repeats the steps since the checkpoint before."
             )
         self._event("run_end", reason=reason)
-        return Outcome(reason, self.state.step)
+        return RunOutcome(reason, self.state.step)
 
     def _loop(self) -> str:
         p = self.parts

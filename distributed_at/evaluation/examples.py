@@ -12,7 +12,7 @@ from torch import nn
 from distributed_at.attacks import PGD
 from distributed_at.config import AttackConfig
 from distributed_at.data.source import ImageSource
-from distributed_at.evaluation.quiet import borrowed
+from distributed_at.evaluation.isolation import borrowed
 from distributed_at.models.branches import on_branch
 from distributed_at.rng import EVALUATION_EPOCH
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distributed_at.errors import ConfigError, did_you_mean
-from distributed_at.evaluation.quiet import borrowed
+from distributed_at.evaluation.isolation import borrowed
 
 RUNNING_MEAN = ".running_mean"
 

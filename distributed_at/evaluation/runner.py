@@ -20,18 +20,18 @@ from torch import nn
 
 from distributed_at.config import AttackConfig, EvaluationEntry
 from distributed_at.errors import ConfigError
+from distributed_at.evaluation.heartbeat import Heartbeat
+from distributed_at.evaluation.isolation import Model, device_of, lent
 from distributed_at.evaluation.kinds import KINDS
 from distributed_at.evaluation.ledger import Ledger
 from distributed_at.evaluation.protocol import Protocol, build_protocol, ids_hash
-from distributed_at.evaluation.pulse import Pulse
-from distributed_at.evaluation.quiet import Model, device_of, lent
 from distributed_at.evaluation.result import EvaluationResult
+from distributed_at.evaluation.row_maker import RowMaker
 from distributed_at.evaluation.rows import Rows, concatenate, empty_rows
 from distributed_at.evaluation.sharding import Shard, union
 from distributed_at.evaluation.source import Source, describe_pixels, evaluation_ids
 from distributed_at.evaluation.step_counts import FewerSteps
 from distributed_at.evaluation.weights import weights_hash
-from distributed_at.evaluation.work import Work
 from distributed_at.files import write_atomically
 
 Progress = Callable[[int, int], None]
@@ -180,15 +180,15 @@ def evaluate(
         on_the_way.open(protocol, execution.folder)
     known = shard.together(lambda: _known(ledger, given, ids))
     known = union(shard, known, ids, protocol.attacks)
-    pulse = Pulse(shard, execution.alive)
+    heartbeat = Heartbeat(shard, execution.alive)
     counts = on_the_way.counts if on_the_way is not None else ()
-    work = Work(subject.network, source, protocol, device, batch_size, counts, beat=pulse.beat)
+    row_maker = RowMaker(subject.network, source, protocol, device, batch_size, counts, beat=heartbeat.beat)
 
     def share() -> Rows:
         try:
-            return _compute(work, shard, ids, known, ledger, execution.on_progress, on_the_way)
+            return _compute(row_maker, shard, ids, known, ledger, execution.on_progress, on_the_way)
         finally:
-            pulse.wait()
+            heartbeat.wait()
 
     with lent(subject.network, protocol.branch):
         fresh = shard.together(share)
@@ -262,7 +262,7 @@ def _known(ledger: Ledger | None, given: Rows | None, ids: np.ndarray) -> Rows:
 
 
 def _compute(
-    work: Work,
+    row_maker: RowMaker,
     shard: Shard,
     ids: np.ndarray,
     known: Rows,
@@ -271,12 +271,12 @@ def _compute(
     on_the_way: FewerSteps | None = None,
 ) -> Rows:
     """Compute this rank's share of the rows that are missing, storing each piece as soon as it is done."""
-    kind = KINDS[work.protocol.kind]
+    kind = KINDS[row_maker.protocol.kind]
     missing = np.setdiff1d(ids, known.sample_id)
     # Connected ranks agree on what is missing. Others may look at the folder at different times, so they deal out
     # pieces of the whole set and each skips what is there.
     dealt = missing if shard.connected else ids
-    mine = shard.mine(kind.pieces(work.protocol, ids, dealt, work.batch_size))
+    mine = shard.mine(kind.pieces(row_maker.protocol, ids, dealt, row_maker.batch_size))
     total = sum(int(np.isin(piece, missing).sum()) for piece in mine)
     parts: list[Rows] = []
     done = 0
@@ -284,7 +284,7 @@ def _compute(
         wanted = piece[np.isin(piece, missing)]
         if not len(wanted):
             continue
-        rows, fewer = work.rows(piece if kind.batch_dependent else wanted)
+        rows, fewer = row_maker.rows(piece if kind.batch_dependent else wanted)
         rows = rows.take(np.isin(rows.sample_id, wanted))
         if on_the_way is not None:
             for count, found in fewer.items():

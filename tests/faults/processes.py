@@ -155,18 +155,18 @@ class SlowEvaluation:
 
     @contextlib.contextmanager
     def __call__(self, rank: int) -> Iterator[None]:
-        from distributed_at.evaluation.work import Work
+        from distributed_at.evaluation.row_maker import RowMaker
 
-        real, left = Work.rows, list(self.seconds) if rank == self.rank else []
+        real, left = RowMaker.rows, list(self.seconds) if rank == self.rank else []
 
-        def waiting(work: Work, ids: Any) -> Any:
+        def waiting(work: RowMaker, ids: Any) -> Any:
             if left:
                 time.sleep(left.pop(0))
             return real(work, ids)
 
         limits = {"setup": 3600.0, "step": 3600.0, "checkpoint": 3600.0, "evaluation": self.limit}
         with (
-            mock.patch.object(Work, "rows", waiting),
+            mock.patch.object(RowMaker, "rows", waiting),
             mock.patch("distributed_at.engine.run.section_timeouts", return_value=limits),
         ):
             yield

@@ -13,35 +13,35 @@ _RUNNER = "tests/unit/test_evaluation_runner.py::"
 ROWS = (
     Mutation(
         "images that are wrong without an attack are attacked, the others not",
-        "evaluation/work.py",
+        "evaluation/row_maker.py",
         "chosen = chosen[correct_clean]",
         "chosen = chosen[~correct_clean]",
         _ROW + "[linf-trained]",
     ),
     Mutation(
         "starts are those of the first images of the batch",
-        "evaluation/work.py",
+        "evaluation/row_maker.py",
         "torch.from_numpy(ids).to(self.device)[chosen]",
         "torch.from_numpy(ids).to(self.device)[: len(chosen)]",
         _ROW + "[linf-untrained]",
     ),
     Mutation(
         "an evaluation divides pixels by 256",
-        "evaluation/work.py",
+        "evaluation/row_maker.py",
         ".float().div_(255)",
         ".float().div_(256)",
         _PGD + "test_clean_accuracy_is_what_the_network_says_of_the_untouched_images",
     ),
     Mutation(
         "every broken image counts as wrong from the start",
-        "evaluation/work.py",
+        "evaluation/row_maker.py",
         "(~correct_clean & ~correct).cpu()",
         "(~correct).cpu()",
         _ROW + "[linf-trained]",
     ),
     Mutation(
         "a mixture's clean branch is measured on the other one",
-        "evaluation/quiet.py",
+        "evaluation/isolation.py",
         "on_branch(model, branch):",
         'on_branch(model, "adv"):',
         "tests/unit/test_evaluation_models.py::test_branches_of_a_mixture_norm_are_evaluated_apart_and_named",
@@ -70,8 +70,8 @@ ROWS = (
     Mutation(
         "a resumed AutoAttack makes a chunk of what is missing of one",
         "evaluation/runner.py",
-        "work.rows(piece if kind.batch_dependent else wanted)",
-        "work.rows(wanted)",
+        "row_maker.rows(piece if kind.batch_dependent else wanted)",
+        "row_maker.rows(wanted)",
         "tests/unit/test_evaluation_autoattack.py::test_resumed_equals_uninterrupted_and_batch_size_does_not_matter",
     ),
     Mutation(

@@ -78,7 +78,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "clean loss for the log in train mode",
-        "evaluation/quiet.py",
+        "evaluation/isolation.py",
         "        model.eval()\n        for parameter",
         "        for parameter",
         "tests/unit/test_evaluation_runner.py::test_model_flags_buffers_and_generators_are_bitwise_as_before",

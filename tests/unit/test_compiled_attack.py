@@ -10,7 +10,7 @@ from torch import nn
 from distributed_at.attacks import PGD, Threat
 from distributed_at.attacks.iteration import Iteration
 from distributed_at.config import AttackConfig, ModelConfig
-from distributed_at.engine.twin.compiled_attack import StaticIteration, Work, build_iteration
+from distributed_at.engine.twin.compiled_attack import IterationWork, StaticIteration, build_iteration
 from distributed_at.engine.twin.cuda_graph import GraphedIteration
 from distributed_at.engine.twin.twin import Twin
 from distributed_at.models import build_model
@@ -179,12 +179,12 @@ def test_stale_bounds_would_be_caught() -> None:
     assert not torch.allclose(later, pgd.perturb(twin, x, y, eps=8 / 255), atol=1e-6)
 
 
-def work(**fields: object) -> Work:
+def work(**fields: object) -> IterationWork:
     cifar = {
         "macs": 557_000_000, "convolutions": 20, "compiled_convolutions": 20, "fused_norms": 0, "batch_size": 128, "images": 5_000_000, "num_steps": 10,
         "device_type": "cuda",
     }  # fmt: skip
-    return Work(**{**cifar, **fields})
+    return IterationWork(**{**cifar, **fields})
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_auto_decides_by_the_work_ahead(fields: dict, compiles: bool, captures: 
     assert (work(**fields).compilation_pays, work(**fields).graph_pays) == (compiles, captures)
 
 
-def choose(work: Work, bn_mode: str = "eval", **fields: object) -> Iteration | None:
+def choose(work: IterationWork, bn_mode: str = "eval", **fields: object) -> Iteration | None:
     config = AttackConfig.model_validate({"eps": 8, "num_steps": 3, "step_size": 2, **fields})
     return build_iteration(config, attack(), Twin(network(), bn_mode=bn_mode), work)
 

@@ -42,7 +42,7 @@ REGIONAL_CONVOLUTIONS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class IterationWork:
     """How much attacking a run holds, for one worker.
 
     Attributes:
@@ -84,7 +84,7 @@ class Work:
         return self.device_type == "cuda" and computing < host
 
 
-def build_iteration(config: AttackConfig, attack: PGD, twin: Twin, work: Work) -> Iteration | None:
+def build_iteration(config: AttackConfig, attack: PGD, twin: Twin, work: IterationWork) -> Iteration | None:
     """Return the form of the attack's iteration that the recipe asks for; None = the plain one.
 
     'auto' compiles where it saves more than it costs, and captures where the host would be the bottleneck. An attack

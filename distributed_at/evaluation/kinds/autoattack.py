@@ -236,8 +236,8 @@ def run_autoattack(
     Raises:
         ValueError: where the input is not inside [0, 1] (AutoAttack would leave the ball without a word).
     """
+    from distributed_at.evaluation.isolation import isolated_generators
     from distributed_at.evaluation.outcome import Outcome, inside_ball
-    from distributed_at.evaluation.quiet import isolated_generators
 
     if x.numel() and (x.min() < 0 or x.max() > 1):
         raise ValueError(f"AutoAttack needs pixels in [0, 1], got [{x.min():g}, {x.max():g}]")

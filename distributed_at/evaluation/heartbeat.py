@@ -19,15 +19,15 @@ from distributed_at.groups import shared_group
 _TOLD_EVERY = 1.0  # seconds between two signs of life to the other ranks
 _LOOKED_EVERY = 0.25  # seconds
 _PATIENCE = datetime.timedelta(days=365)  # a rank that is gone is noticed at once, one that hangs by the missing signs
-_COUNTER = "distributed_at/evaluation/pulse"
+_COUNTER = "distributed_at/evaluation/heartbeat"
 
 
-class Pulse:
+class Heartbeat:
     """Signs of life of one evaluation. ``alive`` is called wherever this rank or one that it waits for gets on."""
 
     def __init__(self, shard: Shard, alive: Callable[[], None]) -> None:
         self._alive = alive
-        self._group = shared_group("evaluation/pulse", _PATIENCE) if shard.connected else None
+        self._group = shared_group("evaluation/heartbeat", _PATIENCE) if shard.connected else None
         # torch has no public name for the store that every rank met at; its own checkpoints use this one too
         self._store = dist.distributed_c10d._get_default_store() if shard.connected else None
         self._told = 0.0

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from distributed_at.evaluation.isolation import Model
 from distributed_at.evaluation.kinds import KINDS
 from distributed_at.evaluation.outcome import Outcome
 from distributed_at.evaluation.protocol import Protocol
-from distributed_at.evaluation.quiet import Model
 from distributed_at.evaluation.rows import CLEAN, SURVIVED, Rows
 from distributed_at.evaluation.source import Source
 from distributed_at.logits import checked_logits
@@ -38,7 +38,7 @@ def make_forward(
     return forward
 
 
-class Work:
+class RowMaker:
     """The model with everything that turns sample ids into rows."""
 
     def __init__(
