@@ -217,3 +217,26 @@ def test_weights_hash_sees_every_weight_and_buffer_and_no_wrapper() -> None:
 
 def test_folder_of_an_evaluation_is_readable_and_has_the_short_hash() -> None:
     assert BASE["pgd"].folder_name == f"pgd-20-linf-8-255-{BASE['pgd'].short_hash}"
+
+
+def test_what_a_kind_says_of_itself_is_the_classes_own() -> None:
+    """Plans, reports and tables ask it, where nothing is measured."""
+    pgd, auto = KINDS["pgd"], KINDS["autoattack"]
+    attack = AttackConfig(eps=8.0, num_steps=20, step_size=2.0)
+    aimed = AttackConfig(eps=8.0, num_steps=20, step_size=2.0, target="random_other")
+    plain, targeted = (evaluation_entry(kind="pgd", attack=a) for a in (attack, aimed))
+    assert pgd.short_name(plain) == "pgd20"
+    assert [pgd.is_targeted(entry) for entry in (plain, targeted)] == [False, True]
+    assert [pgd.paper_names({"num_steps": 20, "restarts": r}) for r in (0, 1, 5)] == [{"pgd20"}, {"pgd20"}, {"pgd20x5"}]
+    name = "AutoAttack linf 8/255"
+    assert auto.paper_names({"version": "standard", "name": name}) == {"aa", "autoattack"}
+    assert auto.paper_names({"version": "standard", "name": f"{name} (reduced budget)"}) == set()
+    assert auto.paper_names({"version": "fast", "name": name}) == set()
+    assert auto.forward_units(evaluation_entry(kind="autoattack", attack=attack)) is None
+
+
+@pytest.mark.parametrize("counts", [(0,), (-1, 4), (4, 2), (2, 2), (8,), (4, 9)])
+def test_step_counts_off_the_trajectory_are_refused_with_the_range(counts: tuple[int, ...]) -> None:
+    attack = AttackConfig(eps=8.0, num_steps=8, step_size=2.0)
+    with pytest.raises(ValueError, match=r"between 1 and num_steps - 1 = 7, got \["):
+        evaluation_entry(kind="pgd", attack=attack, checkpoints=counts)
