@@ -13,10 +13,11 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from distributed_at import __version__
-from distributed_at.errors import EXIT_CONFIG, UserError, did_you_mean
+from distributed_at.commands.words import WordError, quoted, refuse, split_words, subparser
+from distributed_at.errors import EXIT_CONFIG, UserError, did_you_mean, shorten
 
 VERBS = {
     "train": "train a recipe; the same command resumes it",
@@ -32,30 +33,21 @@ VERBS = {
     "doctor": "say what is installed, what will be used, and how to fix what is missing",
 }
 
-OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")
-
 
 class _Parser(argparse.ArgumentParser):
-    """Argument parser whose errors name the nearest right spelling."""
+    """Argument parser whose errors name the nearest right spelling; an option is written whole."""
 
-    words: ClassVar[Sequence[str]] = ()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        choice = re.search(r"invalid choice: (['\"])(.*)\1 \(choose from (.*)\)", message, re.DOTALL)
         if choice:
-            allowed = [word.strip(" '") for word in choice.group(2).split(",")]
-            message = f"'{choice.group(1)}' is not one of {', '.join(allowed)}.{did_you_mean(choice.group(1), allowed)}"
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            options = [o for action in self._actions for o in action.option_strings]
-            for action in self._actions:
-                if isinstance(action, argparse._SubParsersAction):
-                    verb = next((v for v in self.words if v in action.choices), None)
-                    if verb:
-                        options = [o for a in action.choices[verb]._actions for o in a.option_strings]
-            message = f"there is no option {unknown.group(1)}.{did_you_mean(unknown.group(1), options)}"
+            allowed = [word.strip(" '") for word in choice.group(3).split(",")]
+            word = choice.group(2)
+            message = f"{quoted(word)} is not one of {', '.join(allowed)}.{did_you_mean(word, allowed)}"
         self.print_usage(sys.stderr)
-        print(f"distributed-at: error: {message}", file=sys.stderr)
+        print(f"distributed-at: error: {shorten(message)}", file=sys.stderr)
         raise SystemExit(EXIT_CONFIG)
 
 
@@ -70,21 +62,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _verb(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.ArgumentParser, str | None]:
+    """Return the parser of the verb, or of a verb's own verb, that ``words`` name first, and its name."""
+    names = []
+    for word in words:
+        inner = subparser(parser, word)
+        if inner is not None:
+            parser = inner
+            names.append(word)
+    return parser, " ".join(names) or None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the process's exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    _Parser.words = words
-    # argparse cannot take a second run of positionals after an option: key=value words may stand anywhere
-    overrides = [word for word in words if OVERRIDE.match(word)]
-    args = build_parser().parse_args([word for word in words if not OVERRIDE.match(word)])
-    if overrides and not hasattr(args, "overrides"):
-        build_parser().error(f"'{args.verb}' takes no overrides, got {' '.join(overrides)}")
-    args.overrides = overrides
+    parser = build_parser()
+    chosen, verb = _verb(parser, words)
+    try:
+        split = split_words(words, parser)
+    except WordError as error:
+        chosen.error(str(error))
+    args, unknown = parser.parse_known_args(split.rest)
+    # argparse gives to ``overrides`` what it has no other place for
+    if extra := [*(getattr(args, "overrides", None) or []), *unknown]:
+        chosen.error(refuse([word for word in words if word in extra], words, chosen, verb))
+    if split.overrides and not hasattr(args, "overrides"):
+        chosen.error(f"'{verb}' takes no overrides, got {' '.join(quoted(word) for word in split.overrides[:3])}")
+    args.overrides = split.overrides
     args.words = words
     try:
         return importlib.import_module(f"distributed_at.commands.{args.verb}").run(args)
     except UserError as error:
-        _tell(f"distributed-at: error: {error}")
+        _tell(f"distributed-at: error: {shorten(str(error))}")
         return error.exit_code
     except KeyboardInterrupt:
         print("distributed-at: interrupted", file=sys.stderr)

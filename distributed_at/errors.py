@@ -82,3 +82,10 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest allowed spelling, or an empty string."""
     found = nearest(word, allowed)
     return f" Did you mean {found!r}?" if found else ""
+
+
+def shorten(message: str, limit: int = 1900) -> str:
+    """Return a message that a terminal can show: beginning and end where it is longer than ``limit`` characters."""
+    if len(message) <= limit:
+        return message
+    return f"{message[: limit - 400]} … ({len(message) - limit + 40} characters left out) … {message[-360:]}"

@@ -105,6 +105,15 @@ def _attack(config: RunConfig) -> list[tuple[str, str]]:
         return []
     found = []
     reach = attack.num_steps * attack.effective_step_size
+    if _is_adversarial(config) and (attack.eps == 0 or attack.num_steps == 0):
+        what = "eps" if attack.eps == 0 else "num_steps"
+        found.append(
+            (
+                "attack_does_nothing",
+                f"attack.{what} is 0 under objective '{config.objective.name}': its 'adversarial' images are "
+                f"{'the clean ones' if attack.eps == 0 else 'random starts without a step'}",
+            )
+        )
     if attack.num_steps and reach < attack.eps:
         found.append(
             (

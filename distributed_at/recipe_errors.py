@@ -19,6 +19,8 @@ from distributed_at.config.choice import Choice, Section
 from distributed_at.errors import ConfigError, did_you_mean, nearest
 from distributed_at.recipe_nodes import KeyPath, Node, kind
 
+_SHOWN = 120  # characters of a value that a message quotes
+_LINES = 12  # mistakes of one recipe that a message lists
 _LIMITS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -52,7 +54,8 @@ def config_error(error: ValidationError, tree: Node, label: str) -> ConfigError:
             lines.append(line)
     if len(lines) == 1:
         return ConfigError(lines[0])
-    return ConfigError(f"{len(lines)} errors in {label}:\n" + "\n".join(f"  {line}" for line in lines))
+    shown = lines[:_LINES] + ([f"and {len(lines) - _LINES} more"] if len(lines) > _LINES else [])
+    return ConfigError(f"{len(lines)} errors in {label}:\n" + "\n".join(f"  {line}" for line in shown))
 
 
 def unknown_name(what: str, name: str, allowed: Iterable[str], *, where: str = "", listing: str = "") -> ConfigError:
@@ -182,6 +185,11 @@ def _explain(item: Any, tree: Node) -> str:
             f"{node.source}: {name}: {_shown(node)} is not allowed; use letters, digits and . _ + = -, "
             "beginning with a letter or digit"
         )
+    if code == "string_too_long":
+        return (
+            f"{node.source}: {name}: at most {context.get('max_length')} characters (it names the run's folder), "
+            f"got {len(str(node.value))}: {_shown(node)}"
+        )
     if code == "string_too_short":
         return f"{node.source}: {name}: must not be empty"
     message = item["msg"].removeprefix("Value error, ")
@@ -212,9 +220,10 @@ def _unknown_key(path: KeyPath, node: Node, tree: Node) -> str:
 
 
 def _shown(node: Node) -> str:
-    return (
-        repr(node.plain()) if isinstance(node.value, (str, list, dict)) else str(node.plain()).replace("None", "null")
-    )
+    """Write a value as a message shows it, cut where it is long."""
+    value = node.plain()
+    text = repr(value) if isinstance(value, (str, list, dict)) else str(value).replace("None", "null")
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _described(node: Node) -> str:

@@ -16,6 +16,8 @@ import yaml
 
 from distributed_at.errors import ConfigError
 
+_MOST_VALUES = 20_000  # of one file, every use of an alias counted: fifty times the longest recipe
+_DEEPEST = 40
 _TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
 KeyPath = tuple[str | int, ...]
 
@@ -162,13 +164,25 @@ def _compose(text: str, label: str) -> yaml.Node | None:
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{label}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{label}: nested more than {_DEEPEST} deep") from None
 
 
 def _convert(node: yaml.Node, label: str, fixed: Source | None) -> Node:
+    """Turn YAML's nodes into ours. An alias repeats what it stands for, so what it may grow to is limited."""
+    return _converted(node, label, fixed, [_MOST_VALUES], 0)
+
+
+def _converted(node: yaml.Node, label: str, fixed: Source | None, left: list[int], depth: int) -> Node:
     def source_of(part: yaml.Node) -> Source:
         return fixed or Source(label, part.start_mark.line + 1)
 
     here = source_of(node)
+    left[0] -= 1
+    if left[0] < 0:
+        raise ConfigError(f"{here}: more than {_MOST_VALUES} values, each use of an alias (*name) counted")
+    if depth > _DEEPEST:
+        raise ConfigError(f"{here}: nested more than {_DEEPEST} deep; does an anchor (&name) hold itself?")
     if node.tag not in _TAGS:
         raise ConfigError(f"{here}: tag {node.tag!r} is not allowed in a recipe")
     if isinstance(node, yaml.MappingNode):
@@ -182,10 +196,10 @@ def _convert(node: yaml.Node, label: str, fixed: Source | None) -> Node:
                 raise ConfigError(f"{at}: YAML merge keys ('<<') are not used in recipes; use extends:")
             if key in children:
                 raise ConfigError(f"{at}: key {key!r} is given twice (first in line {children[key].source.line})")
-            children[key] = Node(_convert(value_node, label, fixed).value, at)
+            children[key] = Node(_converted(value_node, label, fixed, left, depth + 1).value, at)
         return Node(children, here)
     if isinstance(node, yaml.SequenceNode):
-        return Node([_convert(item, label, fixed) for item in node.value], here)
+        return Node([_converted(item, label, fixed, left, depth + 1) for item in node.value], here)
     try:
         value = _CoreLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as error:

@@ -32,6 +32,7 @@ from distributed_at.recipe_nodes import (
 )
 
 FOLDERS = ("digits", "cifar", "imagenet")
+_SHOWN = 80  # characters of a name that a message quotes
 _TABLE_KEYS = ("title", "base", "rows", "paper")
 
 
@@ -186,18 +187,34 @@ def _locate(ref: str, near: Path | None, at: Source | None) -> Path:
     places += [Path.cwd(), recipe_root()]
     for place in places:
         for name in (ref, f"{ref}.yaml", f"{ref}.yml"):
-            path = (place / name).resolve()
-            if path.is_file():
-                return path
-            if path.is_dir() and (path / "recipe.yaml").is_file():
-                return path / "recipe.yaml"
+            try:
+                path = (place / name).resolve()
+                if path.is_file():
+                    return path
+                if path.is_dir() and (path / "recipe.yaml").is_file():
+                    return path / "recipe.yaml"
+            except (OSError, ValueError):  # too long, or with a null byte: no file has such a name
+                continue
     root = recipe_root()
     known = [path.relative_to(root).as_posix() for path in recipe_files(root)]
     where = f"{at}: extends: " if at else ""
-    guess = did_you_mean(ref, known) or did_you_mean(f"{ref}.yaml", known)
+    beside = _files_beside(ref, near or Path.cwd())
+    names = [*beside, *known]
+    guess = did_you_mean(ref, names) or did_you_mean(f"{ref}.yaml", names)
+    listed = f"; here: {', '.join(beside[:8])}" if beside else ""
     raise ConfigError(
-        f"{where}no recipe {ref!r}.{guess} Allowed: a YAML file, a run folder, or one of: {', '.join(known) or 'none'}"
+        f"{where}no recipe {ref[:_SHOWN]!r}.{guess} Allowed: a YAML file{listed}, a run folder, or one of: "
+        f"{', '.join(known) or 'none'}"
     )
+
+
+def _files_beside(ref: str, folder: Path) -> list[str]:
+    """Return the YAML files of the folder that ``ref`` points into, written as ``ref`` is."""
+    parent = Path(ref).parent
+    try:
+        return sorted((parent / path.name).as_posix() for path in (folder / parent).glob("*.y*ml"))
+    except OSError:  # a name that no folder can have
+        return []
 
 
 def _resolve(ref: str, near: Path | None, files: list[Path], chain: tuple[str, ...], at: Source | None = None) -> Node:

@@ -55,7 +55,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._builtin) + len(self._added)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._builtin or name in self._added
+        return isinstance(name, str) and (name in self._builtin or name in self._added)
 
     def unknown(self, name: str) -> ConfigError:
         """Return the error for a name that is not here."""

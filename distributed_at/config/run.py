@@ -43,7 +43,7 @@ class PluginFile(Strict):
 class RunConfig(Strict):
     """A whole run, as ``recipe.yaml`` holds it."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$")
+    name: str = Field(min_length=1, max_length=120, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$")
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
     paper: PaperConfig | None = None
@@ -64,13 +64,19 @@ class RunConfig(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
 
+    def _shorter_milestones(self) -> list[str]:
+        """Return the milestones drawn in to ``train.epochs``, where the last stage was as long as the one before it."""
+        before, last = ([0.0, *self.schedule.milestones])[-2:]
+        return [f"{m * self.train.epochs / (2 * last - before):.3g}" for m in self.schedule.milestones]
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         self._check_objective()
         late = [m for m in self.schedule.milestones if m >= self.train.epochs]
         if late:
             raise ValueError(
-                f"schedule.milestones {late} lie at or past the last epoch (train.epochs: {self.train.epochs:g})"
+                f"schedule.milestones {late} lie at or past the last epoch (train.epochs: {self.train.epochs:g}); "
+                f"write both, e.g. schedule.milestones=[{', '.join(self._shorter_milestones())}]"
             )
         if self.schedule.warmup_epochs >= self.train.epochs and self.schedule.warmup_epochs > 0:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from distributed_at.data.locks import folder_lock
@@ -19,9 +20,10 @@ def download(dataset: str, path: Path) -> None:
     from torchvision import datasets
     from torchvision.datasets.utils import download_and_extract_archive, download_url
 
+    lock, before = path / ".download.lock", [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
-        with folder_lock(path / ".download.lock"):
+        with folder_lock(lock):
             if dataset == "svhn":
                 for split in ("train", "test"):
                     url, file_name, md5 = datasets.SVHN.split_list[split]
@@ -31,6 +33,10 @@ def download(dataset: str, path: Path) -> None:
             if not (path / kind.base_folder).is_dir():
                 download_and_extract_archive(kind.url, str(path), filename=kind.filename, md5=kind.tgz_md5)
     except (OSError, RuntimeError) as error:
+        lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # folders that were made for nothing; one that holds something stays
+            for made in before:
+                made.rmdir()
         raise DataError(
             f"data.download: {dataset} could not be fetched into {path}: {error}. "
             f"Fetch it where there is a connection and set data.path to it."

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distributed_at.config import RunConfig
@@ -29,6 +29,7 @@ from distributed_at.observe.console import ConsoleView
 from distributed_at.observe.environment import changes, collect_environment, read_environment, write_environment
 from distributed_at.observe.events import EventLog, View, next_restart
 from distributed_at.observe.secrets import without_secrets
+from distributed_at.plan_warnings import PlanWarning, plan_warnings
 
 
 def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, quiet: bool = False) -> int:
@@ -46,7 +47,7 @@ def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, q
         watchdog = Watchdog(folder.logs, rank=world.rank, timeouts=section_timeouts(config.parallel.timeout_seconds))
         events = _open_events(world, config, folder, lock, quiet)
         with watchdog.section("setup"):
-            outcome = _train(world, config, folder, lock, events, watchdog, stop.stop_requested)
+            outcome = _train(world, config, folder, lock, events, watchdog, stop.stop_requested, quiet=quiet)
         together = True
     finally:
         if watchdog is not None:
@@ -128,6 +129,15 @@ def _open_events(world: World, config: RunConfig, folder: RunFolder, lock: RunLo
     return events
 
 
+def _warn(warnings: Sequence[PlanWarning], events: EventLog, *, aloud: bool) -> None:
+    """Keep in the events what ``plan`` warns of; say it too where no console shows the events."""
+    for warning in warnings:
+        if warning.level == "warning":
+            events.write("warning", step=0, epoch=0.0, code=warning.code, message=warning.message)
+            if aloud:
+                print(f"warning: {warning.code}: {warning.message}", file=sys.stderr, flush=True)
+
+
 def _train(
     world: World,
     config: RunConfig,
@@ -136,6 +146,8 @@ def _train(
     events: EventLog,
     watchdog: Watchdog,
     stop_requested: Callable[[], bool],
+    *,
+    quiet: bool,
 ) -> RunOutcome:
     def on_checkpoint_event(kind: str, fields: dict[str, Any]) -> None:
         step = int(fields.pop("step", 0))
@@ -153,6 +165,7 @@ def _train(
     notes = Notes()
     parts = build_parts(config, world, folder, warn=notes.add)
     validator = Validator(config, world, warn=notes.add, alive=watchdog.beat) if config.evaluation.validation else None
+    _warn(plan_warnings(config, parts.plan, num_train=parts.source.num_samples), events, aloud=quiet and world.is_main)
     state = TrainingState(parts)
     trainer = Trainer(
         state,

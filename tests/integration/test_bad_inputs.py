@@ -136,3 +136,18 @@ def test_json_of_a_listing_is_one_document_on_stdout(capsys):
     row = next(r for r in rows if r["ref"] == "cifar/bag_of_tricks/baselines.yaml#resnet18-train")
     assert set(row) == {"ref", "paper", "table", "row", "numbers", "description"}
     assert np.isclose(row["numbers"]["aa"], 48.51)  # Bag of tricks, Table 7
+
+
+def test_what_plan_warns_of_stands_in_the_events_of_the_training_and_is_said(tmp_path, capfd):
+    from distributed_at.engine.batching import BatchPlan
+    from distributed_at.plan_warnings import plan_warnings
+    from tests.integration.training import tiny, train
+
+    config = tiny("attack.num_steps=0", "train.epochs=0.25")
+    plan = BatchPlan.resolve(batch_size=8, world_size=1, micro_batch_size=None, bn_group_size=None)
+    warned = [(w.code, w.message) for w in plan_warnings(config, plan, num_train=64) if w.level == "warning"]
+    assert "attack_does_nothing" in dict(warned)
+    rows = [json.loads(line) for line in (train(config, tmp_path / "run") / "events.jsonl").read_text().splitlines()]
+    assert [(row["code"], row["message"]) for row in rows if row["event"] == "warning"] == warned
+    err = capfd.readouterr().err
+    assert all(f"warning: {code}: {message}" in err for code, message in warned)

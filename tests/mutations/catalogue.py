@@ -15,6 +15,7 @@ from tests.mutations import (
     objectives,
     observe,
     whole_runs,
+    words,
 )
 from tests.mutations.mutation import Mutation
 
@@ -33,4 +34,5 @@ MUTATIONS: tuple[Mutation, ...] = (
     *observe.MUTATIONS,
     *objectives.MUTATIONS,
     *whole_runs.MUTATIONS,
+    *words.MUTATIONS,
 )

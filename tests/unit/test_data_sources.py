@@ -253,3 +253,22 @@ def test_description_changes_with_the_pixels(tmp_path):
     first, second = (open_split(_config("cifar10", tmp_path / k), "test", seed=0).describe() for k in ("a", "b"))
     assert first["ids"] == second["ids"]
     assert first["content"] != second["content"]
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "svhn"])
+def test_a_download_that_fails_leaves_nothing_behind(dataset, tmp_path, monkeypatch):
+    from distributed_at.data.download import download
+
+    def no_connection(*args, **kwargs):
+        raise OSError("no route")
+
+    for name in ("download_and_extract_archive", "download_url"):
+        monkeypatch.setattr(f"torchvision.datasets.utils.{name}", no_connection)
+    with pytest.raises(DataError, match="no route"):
+        download(dataset, tmp_path / "new" / "data")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("kept")
+    with pytest.raises(DataError, match="no route"):
+        download(dataset, tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]

@@ -130,6 +130,8 @@ def test_digits_size_is_what_the_loader_gives():
         (XIE, [], 512, "small_micro_batch"),
         (XIE, [], 128, "targeted_evaluation"),
         (XIE, ["attack.num_steps=5"], 128, "attack_cannot_reach_eps"),
+        (XIE, ["attack.num_steps=0"], 128, "attack_does_nothing"),
+        (XIE, ["attack.eps=0"], 128, "attack_does_nothing"),
         (XIE, ["evaluation.final=[{kind: clean}]"], 128, "no_robust_accuracy"),
         ("cifar/bag_of_tricks/base", [], 2, "bn_group_spans_ranks"),
         ("cifar/bag_of_tricks/base", [], 1, "attack_moves_statistics"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from distributed_at.errors import ConfigError
 from distributed_at.files import write_atomically
 from distributed_at.observe.record import load_run
 from distributed_at.observe.report.page import page_values
@@ -28,7 +29,11 @@ def build_report(
 
     Raises:
         DataError: a folder is no run folder.
+        ConfigError: ``output`` is a folder, or lies where none can be made.
     """
+    path = Path(run_folder) / REPORT_FILE if output is None else Path(output)
+    if path.is_dir():
+        raise ConfigError(f"--output {path}: is a folder; name a file, e.g. {path / REPORT_FILE}")
     record = load_run(run_folder)
     others = [load_run(folder) for folder in compare]
     templates = Environment(
@@ -41,8 +46,10 @@ def build_report(
     html = templates.get_template("report.html.j2").render(
         style=style, written=time.strftime("%Y-%m-%d %H:%M"), **values
     )
-    path = Path(run_folder) / REPORT_FILE if output is None else Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {path}: its folder cannot be made: {error.strerror}") from None
     write_atomically(path, _without_secrets(html))
     return path
 
