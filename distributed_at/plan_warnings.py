@@ -10,6 +10,7 @@ from distributed_at.bench.certificate import check_certificate
 from distributed_at.config import AttackConfig, RunConfig
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.evaluation.kinds import KINDS
+from distributed_at.networks import is_foreign
 from distributed_at.objectives import OBJECTIVES
 
 # Below this a ResNet's attack step is bound by kernel launches rather than by the GPU.
@@ -25,9 +26,18 @@ class PlanWarning:
     level: Literal["warning", "note"] = "warning"
 
 
-def plan_warnings(config: RunConfig, batch: BatchPlan, *, num_train: int) -> list[PlanWarning]:
-    """Return everything about a valid recipe at this world size that its user should know before paying for it."""
-    found = [*_precision(config), *_batch(config, batch, num_train), *_attack(config), *_selection(config)]
+def plan_warnings(config: RunConfig, batch: BatchPlan, *, num_train: int, has_batch_norm: bool) -> list[PlanWarning]:
+    """Return everything about a valid recipe at this world size that its user should know before paying for it.
+
+    ``has_batch_norm``: its network has layers with running statistics; a transformer has none whatever the norm.
+    """
+    found = [
+        *_precision(config),
+        *_batch(config, batch, num_train, has_batch_norm),
+        *_weights(config),
+        *_attack(config),
+        *_selection(config),
+    ]
     warnings = [PlanWarning(code, message) for code, message in [*found, *_evaluation(config)]]
     return [*warnings, *_certificates(config)]
 
@@ -60,9 +70,21 @@ def _certificates(config: RunConfig) -> list[PlanWarning]:
     return found
 
 
-def _batch(config: RunConfig, batch: BatchPlan, num_train: int) -> list[tuple[str, str]]:
+def _weights(config: RunConfig) -> list[tuple[str, str]]:
+    model = config.model
+    if model.pretrained is None or not is_foreign(model.arch) or any(model.pixel_mean):
+        return []
+    return [
+        (
+            "pretrained_without_normalisation",
+            f"model.pretrained is {model.pretrained} and model.pixel_mean is 0: published weights expect normalised "
+            "pixels, most often pixel_mean: [0.485, 0.456, 0.406] and pixel_std: [0.229, 0.224, 0.225]",
+        )
+    ]
+
+
+def _batch(config: RunConfig, batch: BatchPlan, num_train: int, has_batch_norm: bool) -> list[tuple[str, str]]:
     found = []
-    has_batch_norm = config.model.norm in ("bn", "mbn")
     if batch.group_free and has_batch_norm and not config.model.sync_bn:
         found.append(
             (

@@ -141,7 +141,7 @@ def make_plan(
     units = config_units(config)
     flops_per_image = units.total * 2.0 * statistics.macs
     memory = estimate_memory(config, batch, statistics)
-    warnings = plan_warnings(config, batch, num_train=num_train)
+    warnings = plan_warnings(config, batch, num_train=num_train, has_batch_norm=statistics.buffers > 0)
     hours = None
     if kind is not None:
         hours = _hours(config, kind, flops_per_image=flops_per_image, images=images, world_size=world_size)
@@ -245,7 +245,7 @@ def _evaluation_flops(config: RunConfig, statistics: ModelStatistics, num_test: 
     units = [_entry_units(entry, num_test) for entry in config.evaluation.final]
     if any(unit is None for unit in units):
         return None
-    branches = 2 if config.model.norm == "mbn" else 1
+    branches = 2 if config.model.norm_facts.branches else 1
     return branches * 2.0 * statistics.macs * sum(unit for unit in units if unit is not None)
 
 

@@ -26,6 +26,8 @@ FOLDER = "plugins"  # of a run folder: the files as they were when the run began
 REGISTRIES = {
     "OBJECTIVES": "distributed_at.objectives:OBJECTIVES",
     "EVALUATION_KINDS": "distributed_at.evaluation.kinds:KINDS",
+    "NETWORKS": "distributed_at.networks:NETWORKS",
+    "NORMS": "distributed_at.norms:NORMS",
 }
 
 
@@ -37,18 +39,41 @@ def registry(name: str) -> Registry[Any]:
     return found
 
 
-def load_plugin(path: Path, digest: str | None = None, *, beside: Path | None = None) -> tuple[Path, str]:
+def load_plugin(
+    path: Path, digest: str | None = None, *, beside: Path | None = None, function: str | None = None
+) -> tuple[Path, str]:
     """Run a plug-in file and register what it adds; return its resolved path and SHA-256.
 
     Args:
         path: the file.
         digest: what its SHA-256 must be; a copy kept in the run folder ``beside`` is taken where the file is another
             now, or gone.
+        beside: the run folder.
+        function: builds a network that ``model.arch`` names as FILE.py:FUNCTION; the file need not add anything else.
 
     Raises:
         ConfigError: no such file, a mistake inside it, another content than ``digest``, or nothing that it adds.
     """
     path = path.expanduser().resolve()
+    file = _file_of_content(path, digest, beside)
+    module = load_python_file(file)
+    if function is not None:
+        _add_network(module, path, function)
+    register(module, origin=str(path), may_be_nothing=function is not None)
+    return path, file_digest(file)
+
+
+def _add_network(module: ModuleType, path: Path, function: str) -> None:
+    """Make ``path:function`` a network's name."""
+    build = getattr(module, function, None)
+    if not callable(build):
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ConfigError(f"{path} has no function {function!r}.{did_you_mean(function, known)}")
+    registry("NETWORKS").add(f"{path}:{function}", build, origin=str(path))
+
+
+def _file_of_content(path: Path, digest: str | None, beside: Path | None) -> Path:
+    """Return ``path``, or the copy kept in ``beside`` where its content is not that of ``digest`` any more."""
     file = path
     if digest is not None and (not path.is_file() or file_digest(path) != digest):
         kept = beside / FOLDER / kept_name(path, digest) if beside is not None else None
@@ -56,11 +81,10 @@ def load_plugin(path: Path, digest: str | None = None, *, beside: Path | None = 
             state = "is not the file that this run began with" if path.is_file() else "does not exist any more"
             raise ConfigError(f"plugins: {path} {state} (sha256 {digest[:12]}…), and no copy of that is kept")
         file = kept
-    register(load_python_file(file), origin=str(path))
-    return path, file_digest(file)
+    return file
 
 
-def register(module: ModuleType, *, origin: str) -> None:
+def register(module: ModuleType, *, origin: str, may_be_nothing: bool = False) -> None:
     """Add what a plug-in's module says to the registries.
 
     Raises:
@@ -83,7 +107,7 @@ def register(module: ModuleType, *, origin: str) -> None:
         for key, entry in value.items():
             registry(name).add(key, entry, origin=origin)
             added += 1
-    if not added:
+    if not added and not may_be_nothing:
         raise ConfigError(
             f"{origin}: a plug-in says what it adds in a dict named {', '.join(REGISTRIES)}; this file has none"
         )

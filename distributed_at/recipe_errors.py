@@ -126,7 +126,10 @@ def _parts(annotation: Any) -> list[Any]:
             if isinstance(mark, Section):
                 return [*mark.classes().values(), *(part for part in _parts(inner) if part is type(None))]
             if isinstance(mark, Choice):
-                return [Literal[tuple(mark.registry)], *(part for part in _parts(inner) if part is type(None))]
+                return [
+                    Literal[(*mark.registry, *mark.registry.forms)],
+                    *(part for part in _parts(inner) if part is type(None)),
+                ]
         return _parts(inner)
     if origin in (Union, types.UnionType):
         return [part for argument in get_args(annotation) for part in _parts(argument)]
@@ -256,12 +259,12 @@ def _tag_at(path: KeyPath) -> str:
 
 def _takes_null(path: KeyPath) -> bool:
     field = _field(path)
-    return field is not None and type(None) in _parts(field.annotation)
+    return field is not None and type(None) in _field_parts(field)
 
 
 def _literal_values(path: KeyPath) -> list[str]:
     field = _field(path)
-    parts = _parts(field.annotation) if field is not None else []
+    parts = _field_parts(field) if field is not None else []
     values = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
     return [str(value) for value in values] + (["null"] if type(None) in parts else [])
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from distributed_at.config import PaperConfig, RunConfig
 from distributed_at.errors import ConfigError, did_you_mean
+from distributed_at.networks import file_of
 from distributed_at.plugins import load_installed, load_plugin
 from distributed_at.recipe_errors import chosen_sections, config_error, unknown_name
 from distributed_at.recipe_nodes import (
@@ -94,7 +95,7 @@ def load_recipe(ref: str, overrides: Sequence[str] = ()) -> ResolvedRecipe:
         if text.partition("=")[0].strip() == "init":
             tree = _begin_from(tree, text)
     tree = _apply_overrides(tree, [text for text in overrides if text.partition("=")[0].strip() != "init"])
-    tree = _without(tree, "extends")
+    tree = _with_network_file(_without(tree, "extends"))
     return ResolvedRecipe(config=_validate(tree, ref), ref=ref, files=tuple(files), overrides=tuple(overrides))
 
 
@@ -243,7 +244,7 @@ def _folder(near: Path | None) -> Path | None:
 
 def _extend(node: Node, path: Path, files: list[Path], chain: tuple[str, ...]) -> Node:
     """Lay a section tree upon what its ``extends:`` names (a reference, or a list of which later ones win)."""
-    node = _with_plugins(node, path.parent)
+    node = _with_absolute_network(_with_plugins(node, path.parent), path.parent)
     extends = node.child("extends")
     if extends is None:
         return node
@@ -286,7 +287,7 @@ def _table_row(node: Node, path: Path, row: str, files: list[Path], chain: tuple
     if paper is not None:
         tree = _lay(tree, Node({"paper": paper}, paper.source))
     tree = _lay(tree, Node({"name": Node(f"{path.stem}-{row}", chosen.source)}, chosen.source))
-    own = _with_plugins(expand_dotted(chosen), path.parent)
+    own = _with_absolute_network(_with_plugins(expand_dotted(chosen), path.parent), path.parent)
     if own.child("extends") is not None:
         inherited = _without(
             _without(_extend(Node({"extends": own.value["extends"]}, own.source), path, files, chain), "name"), "paper"
@@ -341,6 +342,8 @@ def _with_plugins(node: Node, folder: Path) -> Node:
     plugins = node.child("plugins")
     if plugins is None or not isinstance(plugins.value, list):
         return node
+    arch = node.find(("model", "arch")).value
+    network = file_of(arch) if isinstance(arch, str) else None
     found = []
     for item in plugins.value:
         told = item.plain()
@@ -348,11 +351,45 @@ def _with_plugins(node: Node, folder: Path) -> Node:
         if not isinstance(given.get("path"), str) or not isinstance(given.get("sha256", ""), str):
             raise ConfigError(f"{item.source}: plugins: expected a Python file, got {told!r}")
         try:
-            path, digest = load_plugin(folder / Path(given["path"]).expanduser(), given.get("sha256"), beside=folder)
+            file = (folder / Path(given["path"]).expanduser()).resolve()
+            function = network[1] if network is not None and network[0] == str(file) else None
+            path, digest = load_plugin(file, given.get("sha256"), beside=folder, function=function)
         except ConfigError as error:
             raise ConfigError(f"{item.source}: {error}") from None
         found.append(Node({"path": Node(str(path), item.source), "sha256": Node(digest, item.source)}, item.source))
     return Node({**node.value, "plugins": Node(found, plugins.source)}, node.source)
+
+
+def _with_absolute_network(node: Node, folder: Path) -> Node:
+    """Write ``model.arch: FILE.py:FUNCTION`` as found from ``folder``, before it is merged into files of other folders."""
+    model = node.child("model")
+    arch = model.child("arch") if model is not None else None
+    found = file_of(arch.value) if arch is not None and isinstance(arch.value, str) else None
+    if model is None or arch is None or found is None:
+        return node
+    written = Node(f"{(folder / Path(found[0]).expanduser()).resolve()}:{found[1]}", arch.source)
+    return Node({**node.value, "model": Node({**model.value, "arch": written}, model.source)}, node.source)
+
+
+def _with_network_file(tree: Node) -> Node:
+    """Load the file of ``model.arch: FILE.py:FUNCTION`` and write it down among the plug-ins, with its content's hash."""
+    arch = tree.find(("model", "arch"))
+    found = file_of(arch.value) if isinstance(arch.value, str) else None
+    if found is None:
+        return tree
+    file, function = found
+    plugins = tree.child("plugins")
+    listed = plugins.value if plugins is not None and isinstance(plugins.value, list) else []
+    held = next((item for item in listed if item.plain().get("path") == file), None)
+    try:
+        if held is None:
+            _, digest = load_plugin(Path(file), function=function)
+    except ConfigError as error:
+        raise ConfigError(f"{arch.source}: model.arch: {error}") from None
+    if held is not None:
+        return tree
+    item = Node({"path": Node(file, arch.source), "sha256": Node(digest, arch.source)}, arch.source)
+    return Node({**tree.value, "plugins": Node([*listed, item], arch.source)}, tree.source)
 
 
 def _without(node: Node, key: str) -> Node:
@@ -383,6 +420,8 @@ def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
             raise ConfigError(f"{source}: an override is written key=value, e.g. optimizer.lr=0.2")
         path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
         node = parse_override_value(value, source)
+        if path == ("model", "arch") and isinstance(node.value, str) and (found := file_of(node.value)):
+            node = Node(f"{Path(found[0]).expanduser().resolve()}:{found[1]}", source)
         if path == ("plugins",):
             node = _with_plugins(Node({"plugins": node}, source), Path.cwd()).value["plugins"]
         parsed.append((path, node))

@@ -15,6 +15,12 @@ from distributed_at.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 
+def load_attribute(place: str) -> Any:
+    """Return what stands at "module:attribute"; the module is imported."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 class Registry(Mapping[str, T], Generic[T]):
     """Name -> object, for one kind of thing.
 
@@ -22,10 +28,12 @@ class Registry(Mapping[str, T], Generic[T]):
         kind: what an entry is, in a person's words: "objective".
         field: the recipe's field that names one: "objective.name".
         builtin: name -> the object, or "module:attribute" that is imported at first use.
+        forms: what else may stand there, as messages list it: "LIBRARY:NAME".
     """
 
-    def __init__(self, kind: str, *, field: str, builtin: Mapping[str, T | str]) -> None:
+    def __init__(self, kind: str, *, field: str, builtin: Mapping[str, T | str], forms: tuple[str, ...] = ()) -> None:
         self.kind = kind
+        self.forms = forms
         self.field = field
         self._builtin = dict(builtin)
         self._added: dict[str, tuple[T, str]] = {}  # of plug-ins, with the file that each comes from
@@ -42,8 +50,7 @@ class Registry(Mapping[str, T], Generic[T]):
             raise self.unknown(name)
         entry = self._builtin[name]
         if isinstance(entry, str):
-            module, _, attribute = entry.partition(":")
-            entry = cast(Any, getattr(importlib.import_module(module), attribute))
+            entry = load_attribute(entry)
             self._builtin[name] = entry
         return cast(T, entry)
 
@@ -60,7 +67,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def unknown(self, name: str) -> ConfigError:
         """Return the error for a name that is not here."""
         return ConfigError(
-            f"{self.field}: {name!r} is no {self.kind}; allowed are {', '.join(self)}.{did_you_mean(name, self)}"
+            f"{self.field}: {name!r} is no {self.kind}; allowed are {', '.join([*self, *self.forms])}.{did_you_mean(name, self)}"
         )
 
     @property

@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     CLEAN_SUBSET = 10
     START_RADIUS = 11
     CHANNELS = 12
+    DROPOUT = 13
 
 
 def _round_keys(seed: int) -> list[tuple[int, int]]:

@@ -119,7 +119,7 @@ def _work(args: argparse.Namespace, root: Path, config: RunConfig, entries: list
 
     def tell(result: EvaluationResult) -> None:
         if world.is_main:
-            branch = f" ({result.protocol.branch})" if config.model.norm == "mbn" else ""
+            branch = f" ({result.protocol.branch})" if config.model.norm_facts.branches else ""
             say(f"  {result.protocol.name}{branch}: {result.correct}/{result.total} in {result.seconds:.1f} s")
 
     together = False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from distributed_at.commands.common import add_json, find_run, print_json, say
 from distributed_at.errors import ConfigError, DataError, UserError
+from distributed_at.norms import recorded_norm
 
 if TYPE_CHECKING:
     from distributed_at.observe.figures import Drawn
@@ -37,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     records = [load_run(folder) for folder in folders]
     drawn = [
         clean_ratio(records),
-        attack_iterations(records, norms=("bn",), name="figure2"),
-        attack_iterations(records, norms=("mbn", "gn"), name="figure3"),
+        attack_iterations(records, shared=True, name="figure2"),
+        attack_iterations(records, shared=False, name="figure3"),
         *_statistics(records, args),
         depth(records),
     ]
@@ -64,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
 def _statistics(records: list[RunRecord], args: argparse.Namespace) -> list[Drawn]:
     """Figures 5 and 6, each of the first run that can show it; what is missing is said and left out."""
     drawn: list[Drawn] = []
-    norms = {record.folder: record.section("model").get("norm", "bn") for record in records}
-    for wanted, draw in (("mbn", _figure5), ("bn", _figure6)):
-        record = next((r for r in records if norms[r.folder] == wanted and r.section("objective")), None)
+    norms = {record.folder: recorded_norm(record.section("model")) for record in records}
+    for fact, draw in (("branches", _figure5), ("shared_statistics", _figure6)):
+        record = next((r for r in records if getattr(norms[r.folder], fact) and r.section("objective")), None)
         if record is None or (draw is _figure6 and (args.batches == 0 or not record.section("attack"))):
             continue
         try:

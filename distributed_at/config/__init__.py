@@ -7,13 +7,10 @@ errors into one clear message is ``recipe_errors.py``. Every class refuses unkno
 
 from distributed_at.config.attack import AttackConfig
 from distributed_at.config.base import (
-    ARCHITECTURES,
     Activation,
-    Architecture,
     AttackDtype,
     BnMode,
     Branch,
-    Norm,
     PaperConfig,
     Pixels,
     Strict,
@@ -33,9 +30,7 @@ from distributed_at.config.training import (
 )
 
 __all__ = [
-    "ARCHITECTURES",
     "Activation",
-    "Architecture",
     "AttackConfig",
     "AttackDtype",
     "AugmentConfig",
@@ -48,7 +43,6 @@ __all__ = [
     "EvaluationEntry",
     "LogConfig",
     "ModelConfig",
-    "Norm",
     "ObjectiveSection",
     "OptimizerConfig",
     "PaperConfig",

@@ -6,16 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-ARCHITECTURES = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200", "resnet338", "resnet518", "resnet638",
-    "resnet", "preact_resnet18", "preact_resnet34", "preact_resnet50", "preact_resnet", "wide_resnet",
-)  # fmt: skip
-Architecture = Literal[
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200", "resnet338", "resnet518", "resnet638",
-    "resnet", "preact_resnet18", "preact_resnet34", "preact_resnet50", "preact_resnet", "wide_resnet",
-]  # fmt: skip
 Activation = Literal["relu", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "softplus", "tanh"]
-Norm = Literal["bn", "gn", "mbn"]
 Branch = Literal["clean", "adv"]
 BnMode = Literal["eval", "batch", "train"]
 AttackDtype = Literal["fp32", "bf16", "fp16"]

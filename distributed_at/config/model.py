@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from distributed_at.config.base import Activation, Architecture, Norm, Strict
+from distributed_at.config.base import Activation, Strict
+from distributed_at.config.choice import Choice
+from distributed_at.networks import LAYOUTS, NETWORKS, is_foreign
+from distributed_at.norms import NORMS, Norm
+
+# what a network that is not ours may be given; its layout, activations and initial weights are its own
+_FOREIGN = frozenset({"arch", "options", "pretrained", "norm", "groups", "sync_bn", "pixel_mean", "pixel_std"})
 
 
 class ModelConfig(Strict):
     """The network. Normalisation of pixels is part of it: it takes [0, 1]."""
 
-    arch: Architecture
+    arch: Annotated[str, Choice(NETWORKS)] = Field(
+        description="one of ours, 'torchvision:NAME', 'timm:NAME', 'FILE.py:FUNCTION' beside the recipe, or a plug-in's"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of a network that is not ours, e.g. {drop_path_rate: 0.1}"
+    )
+    pretrained: str | None = Field(
+        default=None,
+        description="weights to begin with: a file, a run folder, or the name of weights of torchvision or timm "
+        "('default'); a head of another number of classes begins anew",
+    )
     blocks: tuple[int, ...] | None = Field(
         default=None, description="blocks per stage; required for 'resnet' and 'preact_resnet'"
     )
@@ -23,7 +39,9 @@ class ModelConfig(Strict):
     stem: Literal["imagenet", "cifar"] = Field(
         default="imagenet", description="'cifar' = 3x3 without pooling; a WideResNet always has its own 3x3 stem"
     )
-    norm: Norm = "bn"
+    norm: Annotated[str, Choice(NORMS)] = Field(
+        default="bn", description="a network that is not ours has its nn.BatchNorm2d turned into this"
+    )
     groups: int = Field(default=32, gt=0, description="groups of group norm (Wu & He default)")
     bn_momentum: float = Field(default=0.1, gt=0, le=1)
     bn_eps: float = Field(default=1e-5, gt=0)
@@ -39,7 +57,12 @@ class ModelConfig(Strict):
     preact_shortcut: Literal["activated", "raw"] = Field(
         default="activated", description="input of a PreActBlock's shortcut convolution (Pang et al.'s code)"
     )
-    dropout: float = Field(default=0.0, description="0, as in the papers' WideResNets: masks would not resume exactly")
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="of a WideResNet, between a block's convolutions; 0 as in the papers' codes",
+    )
     pixel_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     pixel_std: tuple[float, ...] = (1.0, 1.0, 1.0)
     activation_checkpointing: bool = Field(
@@ -60,11 +83,25 @@ class ModelConfig(Strict):
                 raise ValueError(
                     f"depth of a WideResNet is 6n + 4, got {self.depth}; the nearest are {lower} and {lower + 6}"
                 )
-        if self.dropout != 0:
-            raise ValueError(
-                f"dropout is {self.dropout:g}; only 0 is allowed: its masks come from a generator that no checkpoint holds, so "
-                "a resumed run, or one on another number of workers, would be another run"
-            )
+        if is_foreign(self.arch):
+            fields = type(self).model_fields
+            given = [name for name in fields if name not in _FOREIGN and getattr(self, name) != fields[name].default]
+            if given:
+                raise ValueError(
+                    f"{given[0]} belongs to the networks of this package; '{self.arch}' takes options: {{...}} of its own"
+                )
+        elif self.options:
+            raise ValueError(f"options belong to networks that are not ours; '{self.arch}' has fields of its own")
+        if self.dropout and self.arch != "wide_resnet" and self.arch in LAYOUTS:
+            raise ValueError(f"dropout belongs to arch 'wide_resnet', got {self.dropout:g} for '{self.arch}'")
         if any(s <= 0 for s in self.pixel_std):
             raise ValueError(f"pixel_std must be positive, got {self.pixel_std}")
         return self
+
+    @property
+    def norm_facts(self) -> Norm:
+        """What the norm is: branches, running statistics."""
+        return NORMS[self.norm]
+
+    def __hash__(self) -> int:  # of what it says: ``options`` is a dict
+        return hash(self.model_dump_json())

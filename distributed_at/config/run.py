@@ -20,6 +20,7 @@ from distributed_at.config.training import (
     ScheduleConfig,
     TrainConfig,
 )
+from distributed_at.norms import NORMS
 from distributed_at.objectives import OBJECTIVES
 
 
@@ -82,11 +83,13 @@ class RunConfig(Strict):
             raise ValueError(
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} is not shorter than train.epochs {self.train.epochs:g}"
             )
-        if self.attack is not None and self.attack.branch == "clean" and self.model.norm != "mbn":
-            raise ValueError("attack.branch 'clean' exists for model.norm 'mbn' alone")
-        if (self.train.freeze_bn_from_epoch is not None or self.train.bn_only) and self.model.norm == "gn":
+        if self.attack is not None and self.attack.branch == "clean" and not self.model.norm_facts.branches:
+            raise ValueError(f"attack.branch 'clean' exists for model.norm {_named(_with_branches())} alone")
+        finetunes = self.train.freeze_bn_from_epoch is not None or self.train.bn_only
+        if finetunes and not self.model.norm_facts.running_statistics:
             raise ValueError(
-                "train.freeze_bn_from_epoch and train.bn_only need running statistics; group norm has none"
+                "train.freeze_bn_from_epoch and train.bn_only need running statistics; "
+                f"{self.model.norm_facts.title.partition(' (')[0]} has none"
             )
         if self.train.select == "best_validation" and (
             self.data.validation_size == 0 or not self.evaluation.validation
@@ -133,9 +136,9 @@ class RunConfig(Strict):
                 f"train.bn_only '{bn_only}' finetunes on {bn_only} images alone; objective.name '{name}' trains on "
                 f"{' and '.join(trained)} images: use {' or '.join(_training(bn_only))}"
             )
-        if self.model.norm == "mbn" and len(trained) < 2 and bn_only is None:
+        if self.model.norm_facts.branches and len(trained) < 2 and bn_only is None:
             raise ValueError(
-                f"model.norm 'mbn' needs an objective that trains both branches ({', '.join(_training('clean', 'adv'))}); "
+                f"model.norm '{self.model.norm}' needs an objective that trains both branches ({', '.join(_training('clean', 'adv'))}); "
                 f"'{name}' trains {' and '.join(trained)} alone"
             )
 
@@ -143,3 +146,12 @@ class RunConfig(Strict):
 def _training(*branches: str) -> list[str]:
     """Return the objectives that train exactly these branches, by name."""
     return [name for name in OBJECTIVES if set(OBJECTIVES[name].branches) == set(branches)]
+
+
+def _with_branches() -> list[str]:
+    """Return the norms with branches, by name."""
+    return [name for name in NORMS if NORMS[name].branches]
+
+
+def _named(names: list[str]) -> str:
+    return " or ".join(f"'{name}'" for name in names)

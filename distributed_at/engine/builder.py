@@ -103,21 +103,21 @@ def num_classes_of(config: RunConfig, source: ImageSource) -> int:
     return config.data.num_classes or source.num_classes
 
 
-def build_network(config: RunConfig, num_classes: int) -> nn.Module:
+def build_network(config: RunConfig, num_classes: int, image_size: int | None = None) -> nn.Module:
     """Return the network of a recipe, initialised from the recipe's seed.
 
     Weights stay contiguous: DeepSpeed flattens them and cannot broadcast channels-last ones. Images are channels-last,
     and so is every activation; the twin lays its own weights out.
     """
     torch.manual_seed(config.seed)
-    return build_model(config.model, num_classes=num_classes)
+    return build_model(config.model, num_classes=num_classes, image_size=image_size)
 
 
 def _another_network(
-    config: RunConfig, num_classes: int, weights: str | None, world: World, folder: RunFolder | None
+    config: RunConfig, num_classes: int, image_size: int, weights: str | None, world: World, folder: RunFolder | None
 ) -> nn.Module:
     """Return a network for an objective beside the one that is trained: frozen, in eval mode (collective)."""
-    module = build_network(config, num_classes)
+    module = build_network(config, num_classes, image_size)
     if folder is not None:
         if weights is not None:
             read_into(module, weights, world, folder)
@@ -209,7 +209,7 @@ def build_parts(
         repeats=needs.repeats,
     )
     num_classes = num_classes_of(config, source)
-    module = build_network(config, num_classes)
+    module = build_network(config, num_classes, source.image_size)
     initial_weights = begin_from(module, config, world, folder) if folder is not None else None
     module = module.to(world.device)
     keep_trainable(module, config)
@@ -217,14 +217,14 @@ def build_parts(
     context = ObjectiveContext(
         num_classes=num_classes,
         seed=config.seed,
-        shared_statistics=config.model.norm == "bn",
+        shared_statistics=config.model.norm_facts.shared_statistics,
         attack_branch=config.attack.branch if config.attack is not None else "adv",
         places=plan.share,
         image_size=source.image_size,
         device=str(world.device),
         attack=config.attack,
         eps=lambda step: schedules.eps(step) / 255.0,
-        new_network=lambda weights: _another_network(config, num_classes, weights, world, folder),
+        new_network=lambda weights: _another_network(config, num_classes, source.image_size, weights, world, folder),
     )
     objective = build_objective(config.objective, context)
     set_groups(module, objective, plan)

@@ -14,19 +14,22 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from distributed_at.batch import Batch
 from distributed_at.config import ParallelConfig, TrainConfig
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.processes.launch import detect_rank, export_rendezvous
 from distributed_at.errors import ConfigError
 from distributed_at.groups import forget_groups
+from distributed_at.logits import checked_logits
 from distributed_at.models.branches import on_branch
+from distributed_at.models.dropout import Draw, drawing, dropping_layers
 from distributed_at.models.norm import group_shares, set_bn_mode
 
 T = TypeVar("T")
@@ -204,7 +207,29 @@ class TrainingEngine:
         self.module: nn.Module = self.engine.module
         self.optimizer = self.engine.optimizer
         self.frozen_bn = False
+        self._drops = bool(dropping_layers(self.module))
+        self._draw: Draw | None = None
         self._autocast_dtype = torch.bfloat16 if train.precision == "bf16" else None
+
+    def begin_batch(self, batch: Batch, seed: int, *, forward: int = 0) -> None:
+        """Name the images of the forwards that follow: dropout's masks belong to them.
+
+        ``forward``: number of the first one, so that no two forwards of a sample in one step share their masks.
+        """
+        self._draw = Draw(batch.ids, batch.epoch, seed, forward)
+
+    def _next_draw(self, x: torch.Tensor, ids: torch.Tensor | None) -> Draw | None:
+        """Return what the masks of the next forward are drawn from; None for a network without dropout."""
+        if not self._drops or self._draw is None:
+            return None
+        draw = self._draw if ids is None else replace(self._draw, ids=ids)
+        if len(draw.ids) != len(x):
+            raise ConfigError(
+                f"a forward of {len(x)} images in a batch of {len(draw.ids)}: a network with dropout needs to know whose "
+                "they are; the objective says it by forward(x, ids=batch.ids[rows])"
+            )
+        self._draw = replace(self._draw, forward=self._draw.forward + 1)
+        return draw
 
     def freeze_bn(self) -> None:
         """From now on BN normalises with its running statistics; affine parameters go on training (Xie & Yuille, rows marked '*')."""
@@ -254,12 +279,14 @@ class TrainingEngine:
         bn: Literal["train", "batch"] = "train",
         grad: bool = True,
         shares: tuple[float, ...] | None = None,
+        ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return logits (N, K) in float32; the arguments are those of ``objectives.Forward``."""
         with (
             on_branch(self.module, branch),
             self._bn(bn),
             group_shares(self.module, shares),
+            drawing(self.module, self._next_draw(x, ids)),
             self._autocast(),
         ):
             if grad:
@@ -267,7 +294,7 @@ class TrainingEngine:
             else:
                 with torch.no_grad():  # past the engine: nothing may wait for a backward that never comes
                     logits = self.module(x)
-        return logits.float()
+        return checked_logits(logits, x).float()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype is None:

@@ -25,6 +25,7 @@ from distributed_at.engine.state import TrainingState
 from distributed_at.engine.trainer import RunOutcome, Trainer
 from distributed_at.engine.validation import Validator
 from distributed_at.errors import EXIT_HANG, EXIT_OK, EXIT_REQUEUE, UserError
+from distributed_at.models.norm import bn_layers
 from distributed_at.observe.console import ConsoleView
 from distributed_at.observe.environment import changes, collect_environment, read_environment, write_environment
 from distributed_at.observe.events import EventLog, View, next_restart
@@ -165,7 +166,13 @@ def _train(
     notes = Notes()
     parts = build_parts(config, world, folder, warn=notes.add)
     validator = Validator(config, world, warn=notes.add, alive=watchdog.beat) if config.evaluation.validation else None
-    _warn(plan_warnings(config, parts.plan, num_train=parts.source.num_samples), events, aloud=quiet and world.is_main)
+    warnings = plan_warnings(
+        config,
+        parts.plan,
+        num_train=parts.source.num_samples,
+        has_batch_norm=any(True for _ in bn_layers(parts.engine.module)),
+    )
+    _warn(warnings, events, aloud=quiet and world.is_main)
     state = TrainingState(parts)
     trainer = Trainer(
         state,

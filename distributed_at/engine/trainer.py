@@ -33,6 +33,7 @@ from distributed_at.errors import CheckpointError, DivergedError
 from distributed_at.objectives import Terms
 from distributed_at.observe.events import EventLog
 
+_AFTER_STEP = 32  # forwards of a sample before the optimiser's step have smaller numbers
 SLOW_SECONDS = 0.02  # a rank that is later by less holds nobody up
 
 
@@ -213,6 +214,7 @@ class Trainer:
                     iteration=iteration,
                 )
         with self._clock.section("train"):
+            p.engine.begin_batch(batch, self.config.seed)
             with p.objective.around(p.engine.module, batch, adv):
                 terms = p.objective.loss(p.engine.forward, batch, adv)
                 # DeepSpeed averages over W * k equal forwards; this weight makes it the mean over the batch's samples.
@@ -233,6 +235,7 @@ class Trainer:
             with self._clock.section("train"):
                 for index, micro in enumerate(micros):
                     p.buffers.resume_group(index)
+                    p.engine.begin_batch(micro.batch, self.config.seed, forward=_AFTER_STEP)
                     p.objective.after_step(p.engine.forward, micro.batch)
                     p.buffers.update_group(index)
 

@@ -15,8 +15,9 @@ from distributed_at.models.norm import (
     set_process_group,
 )
 from distributed_at.models.parameters import load_torchvision_state_dict, weight_decay_groups
-from distributed_at.models.registry import LAYOUTS, build_model
+from distributed_at.models.registry import build_model
 from distributed_at.models.statistics import ModelStatistics, measure
+from distributed_at.networks import LAYOUTS
 
 __all__ = [
     "BRANCHES",

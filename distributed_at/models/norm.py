@@ -19,6 +19,7 @@ from distributed_at.config import ModelConfig
 from distributed_at.errors import ConfigError, did_you_mean
 from distributed_at.models.branches import BRANCHES, Branch, BranchedNorm, check_branch
 from distributed_at.models.norm_sync import assign_buffer, synchronised_batch_norm
+from distributed_at.registry import load_attribute
 
 BnMode = Literal["eval", "batch", "train"]
 NormFactory = Callable[[int], nn.Module]
@@ -187,12 +188,26 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, num_channels, eps=eps)
 
 
+def make_batch_norm(config: ModelConfig, channels: int) -> nn.Module:
+    """Return a layer of norm 'bn'."""
+    return BatchNorm(channels, eps=config.bn_eps, momentum=config.bn_momentum)
+
+
+def make_mixture_batch_norm(config: ModelConfig, channels: int) -> nn.Module:
+    """Return a layer of norm 'mbn'."""
+    return MixtureBatchNorm(channels, eps=config.bn_eps, momentum=config.bn_momentum)
+
+
+def make_group_norm(config: ModelConfig, channels: int) -> nn.Module:
+    """Return a layer of norm 'gn'."""
+    return GroupNorm(config.groups, channels, eps=config.bn_eps)
+
+
 def norm_factory(config: ModelConfig) -> NormFactory:
     """Return the function that makes a norm layer of a given width for this network."""
-    if config.norm == "gn":
-        return lambda channels: GroupNorm(config.groups, channels, eps=config.bn_eps)
-    layer = MixtureBatchNorm if config.norm == "mbn" else BatchNorm
-    return lambda channels: layer(channels, eps=config.bn_eps, momentum=config.bn_momentum)
+    layer = config.norm_facts.layer
+    make = load_attribute(layer) if isinstance(layer, str) else layer
+    return lambda channels: make(config, channels)
 
 
 def norm_layers(module: nn.Module) -> list[BatchNorm | GroupNorm]:

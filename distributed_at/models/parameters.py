@@ -12,6 +12,7 @@ from distributed_at.models.branches import BRANCHES
 from distributed_at.models.norm import MixtureBatchNorm, norm_layers
 
 NamedParameters = list[tuple[str, nn.Parameter]]
+_OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # of networks that are not ours
 DECAY_RULES = ("all", "no_norm_bias", "kernels")
 
 
@@ -34,8 +35,10 @@ def weight_decay_groups(model: nn.Module, rule: str) -> tuple[NamedParameters, N
             f"optimizer.weight_decay_rule must be one of {list(DECAY_RULES)}, got {rule!r}."
             f"{did_you_mean(rule, DECAY_RULES)}"
         )
-    of_norms = {id(p) for layer in norm_layers(model) for p in layer.parameters()}
+    norms = [*norm_layers(model), *(layer for layer in model.modules() if isinstance(layer, _OTHER_NORMS))]
+    of_norms = {id(p) for layer in norms for p in layer.parameters()}
     kernels = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    kernels |= {id(layer.in_proj_weight) for layer in model.modules() if isinstance(layer, nn.MultiheadAttention)}
     decay: NamedParameters = []
     no_decay: NamedParameters = []
     for name, parameter in model.named_parameters():

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import nn
 
 from distributed_at.config import ModelConfig
 from distributed_at.errors import ConfigError, did_you_mean
+from distributed_at.models.foreign import build_foreign
 from distributed_at.models.initialise import initialise
 from distributed_at.models.preact_resnet import PreActResNet
 from distributed_at.models.resnet import ResNet
 from distributed_at.models.wide_resnet import WideResNet
-
-
-class Layout(NamedTuple):
-    """Family, blocks per stage and kind of block; None where the recipe gives them."""
-
-    family: str
-    blocks: tuple[int, ...] | None = None
-    block: str | None = None
-
-
-LAYOUTS: dict[str, Layout] = {
-    "resnet18": Layout("resnet", (2, 2, 2, 2), "basic"),
-    "resnet34": Layout("resnet", (3, 4, 6, 3), "basic"),
-    "resnet50": Layout("resnet", (3, 4, 6, 3), "bottleneck"),
-    "resnet101": Layout("resnet", (3, 4, 23, 3), "bottleneck"),
-    "resnet152": Layout("resnet", (3, 8, 36, 3), "bottleneck"),
-    "resnet200": Layout("resnet", (3, 24, 36, 3), "bottleneck"),
-    # depth = 3 * sum(blocks) + 2; stages two and three in R-200's ratio of 2:3, the rest is unpublished
-    "resnet338": Layout("resnet", (3, 42, 64, 3), "bottleneck"),
-    "resnet518": Layout("resnet", (3, 66, 100, 3), "bottleneck"),
-    "resnet638": Layout("resnet", (3, 82, 124, 3), "bottleneck"),
-    "resnet": Layout("resnet"),
-    "preact_resnet18": Layout("preact_resnet", (2, 2, 2, 2), "basic"),
-    "preact_resnet34": Layout("preact_resnet", (3, 4, 6, 3), "basic"),
-    "preact_resnet50": Layout("preact_resnet", (3, 4, 6, 3), "bottleneck"),
-    "preact_resnet": Layout("preact_resnet"),
-    "wide_resnet": Layout("wide_resnet"),
-}
+from distributed_at.networks import LAYOUTS, Layout, is_foreign
 
 
 def resolve_layout(config: ModelConfig) -> Layout:
@@ -77,15 +49,18 @@ def resolve_layout(config: ModelConfig) -> Layout:
     return layout
 
 
-def build_model(config: ModelConfig, *, num_classes: int) -> nn.Module:
+def build_model(config: ModelConfig, *, num_classes: int, image_size: int | None = None) -> nn.Module:
     """Return the network of a recipe, initialised from torch's global generator, in training mode.
 
     It is called as ``model(x) -> logits (N, num_classes)`` with x (N, 3, H, W), float in [0, 1]. Under
-    ``torch.device("meta")`` it is built without memory.
+    ``torch.device("meta")`` it is built without memory. ``image_size``: height and width of the images, which some
+    networks that are not ours must know.
 
     Raises:
         ConfigError: where fields contradict each other or a norm layer cannot be made.
     """
+    if is_foreign(config.arch):
+        return build_foreign(config, num_classes=num_classes, image_size=image_size)
     layout = resolve_layout(config)
     model: nn.Module
     if layout.family == "wide_resnet":

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from distributed_at.config import ModelConfig
+from distributed_at.logits import checked_logits
 from distributed_at.models.base import IMAGE_CHANNELS
+from distributed_at.models.dropout import Draw, drawing
 from distributed_at.models.registry import build_model
 
 SAMPLES = 2  # a batch of one would hide what does not grow with the batch
@@ -23,7 +26,7 @@ class ModelStatistics:
     Attributes:
         parameters: learnable numbers.
         buffers: numbers in running statistics (floating point; counters and pixel constants are not counted).
-        macs: multiply-accumulates of convolutions and linear layers in one forward of one image.
+        macs: multiply-accumulates of convolutions and matrix products in one forward of one image.
         activations: numbers that convolutions and linear layers put out for one image.
         train_bytes: bytes that one image keeps for the backward pass of a training forward, float32, every storage once.
         input_grad_bytes: the same for an attack's forward: frozen weights, running statistics, float32.
@@ -40,11 +43,11 @@ class ModelStatistics:
 
 
 class _Counter:
-    """Forward hooks that add up multiply-accumulates and outputs of a whole batch."""
+    """Adds up multiply-accumulates (by torch's own counter) and the outputs of convolutions and linear layers."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.macs = 0
         self.activations = 0
+        self._flops = FlopCounterMode(display=False)
         self._handles = [
             layer.register_forward_hook(self._count)
             for layer in model.modules()
@@ -52,17 +55,21 @@ class _Counter:
         ]
 
     def _count(self, layer: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        if isinstance(layer, nn.Conv2d):
-            per_output = layer.weight[0].numel()
-        else:
-            assert isinstance(layer, nn.Linear)
-            per_output = layer.in_features
-        self.macs += output.numel() * per_output
         self.activations += output.numel()
 
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+    @torch.no_grad()
+    def run(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of one counted forward."""
+        try:
+            with self._flops:
+                return model(x)
+        finally:
+            for handle in self._handles:
+                handle.remove()
+
+    @property
+    def macs(self) -> int:
+        return self._flops.get_total_flops() // 2
 
 
 @lru_cache(maxsize=256)
@@ -73,12 +80,10 @@ def count_macs(config: ModelConfig, *, num_classes: int, image_size: int) -> int
         ConfigError: where the network cannot be built.
     """
     with torch.device("meta"):
-        model = build_model(config, num_classes=num_classes)
+        model = build_model(config, num_classes=num_classes, image_size=image_size)
         x = torch.empty(SAMPLES, IMAGE_CHANNELS, image_size, image_size)
     counter = _Counter(model.eval())
-    with torch.no_grad():
-        model(x)
-    counter.remove()
+    counter.run(model, x)
     return counter.macs // SAMPLES
 
 
@@ -107,14 +112,13 @@ def measure(config: ModelConfig, *, num_classes: int, image_size: int) -> ModelS
         ConfigError: where the network cannot be built.
     """
     with torch.device("meta"):
-        model = build_model(config, num_classes=num_classes)
+        model = build_model(config, num_classes=num_classes, image_size=image_size)
         x = torch.empty(SAMPLES, IMAGE_CHANNELS, image_size, image_size)
     model = model.to(memory_format=torch.channels_last)
     counter = _Counter(model.eval())
-    with torch.no_grad():
-        model(x)
-    counter.remove()
-    train_bytes = _saved_bytes(model.train(), x)
+    checked_logits(counter.run(model, x), x, num_classes, whose=f"model.arch {config.arch}")
+    with drawing(model, Draw(torch.zeros(SAMPLES, dtype=torch.int64, device="meta"), epoch=0, seed=0)):
+        train_bytes = _saved_bytes(model.train(), x)
     model.eval().requires_grad_(False)
     input_grad_bytes = _saved_bytes(model, x.requires_grad_())
     running = [b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in ("running_mean", "running_var")]

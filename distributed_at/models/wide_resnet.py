@@ -12,6 +12,7 @@ from torch import nn
 from distributed_at.config import ModelConfig
 from distributed_at.models.activations import build_activation
 from distributed_at.models.base import IMAGE_CHANNELS, Network, conv1x1, conv3x3, pooled
+from distributed_at.models.dropout import CounterDropout, dropping_layers
 from distributed_at.models.norm import norm_factory
 
 STEM_WIDTH = 16
@@ -27,6 +28,7 @@ class WideBlock(nn.Module):
         self.bn1 = norm(in_channels)
         self.conv1 = conv3x3(in_channels, width, stride)
         self.bn2 = norm(width)
+        self.dropout = CounterDropout(config.dropout) if config.dropout else nn.Identity()
         self.conv2 = conv3x3(width, width)
         self.activation = build_activation(config)
         self.convShortcut = conv1x1(in_channels, width, stride) if in_channels != width else None
@@ -35,7 +37,7 @@ class WideBlock(nn.Module):
         """(N, C, H, W) -> (N, width, H / stride, W / stride)."""
         out = self.activation(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        out = self.activation(self.bn2(self.conv1(out)))
+        out = self.dropout(self.activation(self.bn2(self.conv1(out))))
         return self.conv2(out) + shortcut
 
 
@@ -72,6 +74,8 @@ class WideResNet(Network):
         self.bn1 = norm_factory(config)(channels)
         self.activation = build_activation(config)
         self.fc = nn.Linear(channels, num_classes)
+        for number, layer in enumerate(dropping_layers(self)):
+            layer.number = number
 
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (N, num_classes) of normalised pixels (N, 3, H, W)."""

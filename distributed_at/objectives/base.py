@@ -27,12 +27,14 @@ class Forward(Protocol):
         bn: Literal["train", "batch"] = "train",
         grad: bool = True,
         shares: tuple[float, ...] | None = None,
+        ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return logits (N, K) of images (N, C, H, W).
 
         ``bn="train"`` normalises with batch statistics and moves the running ones; ``"batch"`` leaves those alone.
         ``grad=False`` builds no graph. ``shares``: what each BN group of x counts in the running statistics, where that
-        is not its share of x.
+        is not its share of x. ``ids``: (N,) sample ids where x is not the batch's images in their order; dropout's masks
+        belong to them.
         """
         ...
 

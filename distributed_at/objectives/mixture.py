@@ -143,11 +143,12 @@ class Mixture(Objective):
         clean = batch.images if len(rows) == len(batch) else batch.images[rows]
         shares = self._shares(groups)
         if not self.context.shared_statistics:
-            return forward(clean, branch="clean", shares=shares), forward(adv, branch="adv")
+            return forward(clean, branch="clean", shares=shares, ids=batch.ids[rows]), forward(adv, branch="adv")
         # one forward; each BN group's clean and adversarial images lie together, so a chunk of BN is one mixed group
         places = torch.cat([batch.group_ids[rows], batch.group_ids])
         order = torch.argsort(places, stable=True)
-        mixed = forward(torch.cat([clean, adv])[order], branch="adv", shares=shares)
+        ids = torch.cat([batch.ids[rows], batch.ids])[order]
+        mixed = forward(torch.cat([clean, adv])[order], branch="adv", shares=shares, ids=ids)
         logits = torch.empty_like(mixed).index_copy(0, order, mixed)
         return logits[: len(rows)], logits[len(rows) :]
 

@@ -196,7 +196,7 @@ def recipe_forward_flops(recipe: Mapping[str, Any]) -> int | None:
         num_classes = data.get("num_classes") or NUM_CLASSES[data["dataset"]]
         model_config = ModelConfig.model_validate_json(json.dumps(recipe["model"]))
         with torch.device("meta"):
-            model = build_model(model_config, num_classes=int(num_classes))
+            model = build_model(model_config, num_classes=int(num_classes), image_size=int(data["image_size"]))
         return forward_flops(model, image_size=int(data["image_size"]))
     except Exception:  # an old recipe or an incomplete one: its cost is then not shown
         return None

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distributed_at.evaluation import KINDS, EvaluationResult, Ledger, worst_cases
+from distributed_at.norms import recorded_norm
 from distributed_at.observe.record import Measurement, RunRecord, load_run
 from distributed_at.statistics import format_interval, format_percent, mcnemar
 
@@ -59,7 +60,10 @@ def paper_number(record: RunRecord, measurement: Measurement) -> float | None:
     aliases = _aliases(measurement)
     branch = _plain(measurement.branch)
     exact = {word for alias in aliases for word in (alias + branch, f"{branch}branch{alias}")} if branch else set()
-    for wanted in (exact, aliases if branch != "clean" or record.section("model").get("norm") != "mbn" else set()):
+    for wanted in (
+        exact,
+        aliases if branch != "clean" or not recorded_norm(record.section("model")).branches else set(),
+    ):
         for name, value in record.paper_numbers.items():
             if _plain(str(name)) in wanted:
                 return float(value)

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from distributed_at.batch import Batch
-from distributed_at.config import Norm, OptimizerConfig, ScheduleConfig
+from distributed_at.config import OptimizerConfig, ScheduleConfig
 from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
+from distributed_at.norms import NORMS as NORM_REGISTRY
 from distributed_at.objectives import OBJECTIVES, Forward, ObjectiveContext, Terms
 from distributed_at.objectives.pgd_at import PgdAt
 from distributed_at.recipes import load_recipe
@@ -26,7 +27,7 @@ from tests.conformance.objectives import settings_of
 from tests.training_kit import RECIPE, TINY, state_digest, train, training_rows
 
 STOP_AT = 4  # of 9 steps, 3 an epoch: the second step of the second epoch is never begun
-NORMS = get_args(Norm)
+NORMS = tuple(NORM_REGISTRY.builtin)
 OPTIMIZERS = get_args(OptimizerConfig.model_fields["name"].annotation)
 SCHEDULES = get_args(ScheduleConfig.model_fields["name"].annotation)
 

@@ -169,8 +169,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "one batch norm sees clean and adversarial images apart",
         "engine/builder.py",
-        'shared_statistics=config.model.norm == "bn"',
-        'shared_statistics=config.model.norm == "mbn"',
+        "shared_statistics=config.model.norm_facts.shared_statistics",
+        "shared_statistics=config.model.norm_facts.branches",
         _RUN + "[mixture-in-one-batch-norm-1x1]",
     ),
     Mutation(

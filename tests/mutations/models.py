@@ -40,8 +40,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the recipe's BN momentum is forgotten",
         "models/norm.py",
-        "layer(channels, eps=config.bn_eps, momentum=config.bn_momentum)",
-        "layer(channels, eps=config.bn_eps)",
+        "return BatchNorm(channels, eps=config.bn_eps, momentum=config.bn_momentum)",
+        "return BatchNorm(channels, eps=config.bn_eps)",
         _REFERENCES + "test_norm_layers_take_eps_and_momentum_from_the_recipe",
     ),
     Mutation(
@@ -172,14 +172,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "pre-activation ResNet-34 lacks a block",
-        "models/registry.py",
+        "networks.py",
         '"preact_resnet34": Layout("preact_resnet", (3, 4, 6, 3), "basic")',
         '"preact_resnet34": Layout("preact_resnet", (3, 4, 6, 2), "basic")',
         _STATISTICS + "test_cifar_networks_have_the_published_size",
     ),
     Mutation(
         "stages two and three of ResNet-518 are swapped",
-        "models/registry.py",
+        "networks.py",
         "(3, 66, 100, 3)",
         "(3, 100, 66, 3)",
         _STATISTICS + "test_imagenet_networks_have_the_published_size_and_cost[resnet518]",

@@ -102,8 +102,8 @@ def test_intervals_are_drawn_around_each_point(ratios):
 
 def test_figures_2_and_3_show_curves_over_attack_iterations_by_norm(ratios, tmp_path):
     mixture = write_run(tmp_path / "mbn", "table7.yaml#n30-mbn", {10: 0.52, 2000: 0.38})
-    second = attack_iterations([*ratios, mixture], norms=("bn",), name="figure2")
-    third = attack_iterations([*ratios, mixture], norms=("mbn", "gn"), name="figure3")
+    second = attack_iterations([*ratios, mixture], shared=True, name="figure2")
+    third = attack_iterations([*ratios, mixture], shared=False, name="figure3")
     assert set(lines(second)) == {f"100% adv + {r}% clean" for r in (0, 40, 100)}
     assert lines(second)["100% adv + 0% clean"] == ([10.0, 2000.0], [50.0, 39.0])
     assert lines(third) == {"MBN_adv, 100% adv + 100% clean": ([10.0, 2000.0], [52.0, 38.0])}
@@ -111,7 +111,7 @@ def test_figures_2_and_3_show_curves_over_attack_iterations_by_norm(ratios, tmp_
 
 def test_a_mixtures_clean_branch_is_no_point_of_a_robustness_curve(tmp_path):
     clean = write_run(tmp_path / "mbn", "table7.yaml#n30-mbn", {10: 0.1, 20: 0.05}, branch="clean")
-    assert attack_iterations([clean], norms=("mbn",), name="figure3") is None
+    assert attack_iterations([clean], shared=False, name="figure3") is None
 
 
 def test_figure_7_shows_standard_and_adversarial_training_by_depth(tmp_path):
@@ -135,7 +135,7 @@ def test_curves_of_one_strategy_are_told_apart_by_their_runs_names(tmp_path):
     deep = write_run(tmp_path / "deep", "table7.yaml#resnet638", {20: 0.5, 100: 0.4})
     flat = write_run(tmp_path / "flat", "table7.yaml#n30-clean0-star", {20: 0.4, 100: 0.3})
     other = write_run(tmp_path / "other", "table7.yaml#n30-clean100", {20: 0.3, 100: 0.2})
-    drawn = attack_iterations([deep, flat, other], norms=("bn",), name="figure2")
+    drawn = attack_iterations([deep, flat, other], shared=True, name="figure2")
     assert set(lines(drawn)) == {
         f"100% adv + 0% clean* ({deep.name})", f"100% adv + 0% clean* ({flat.name})", "100% adv + 100% clean",
     }  # fmt: skip

@@ -8,11 +8,12 @@ from typing import get_args
 import pytest
 import torch
 
-from distributed_at.config import ARCHITECTURES, Activation, ModelConfig
+from distributed_at.config import Activation, ModelConfig
 from distributed_at.errors import ConfigError
 from distributed_at.models import LAYOUTS, build_model, on_branch, set_bn_mode, set_branch
 from distributed_at.models.activations import build_activation
 from distributed_at.models.norm import MixtureBatchNorm, norm_layers
+from distributed_at.networks import NETWORKS
 
 NORMS = ("bn", "gn", "mbn")
 BRANCHES = ("clean", "adv")
@@ -65,7 +66,7 @@ def check_network(config: ModelConfig, branch: str) -> None:
 
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", LAYOUTS)
 def test_every_architecture_trains_with_every_norm_and_branch(arch: str, norm: str, branch: str) -> None:
     if arch in ("resnet338", "resnet518", "resnet638") and (norm, branch) != ("mbn", "adv"):
         pytest.skip("the deepest nets differ from resnet200 in their block counts alone; one combination each")
@@ -81,7 +82,8 @@ def test_every_family_trains_with_every_activation(family: str, norm: str, activ
 
 
 def test_registry_holds_exactly_the_architectures_of_the_schema() -> None:
-    assert set(LAYOUTS) == set(ARCHITECTURES)
+    assert set(NETWORKS) == set(LAYOUTS)
+    assert ModelConfig.model_fields["arch"].metadata[0].registry is NETWORKS
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def evaluate_run(
 
 def on_both_branches(entries: Sequence[EvaluationEntry], config: RunConfig) -> list[EvaluationEntry]:
     """Return entries with a branch each: both branches of a mixture-BN network where an entry names none."""
-    if config.model.norm != "mbn":
+    if not config.model.norm_facts.branches:
         return list(entries)
     return [
         entry if entry.branch is not None else entry.model_copy(update={"branch": branch})

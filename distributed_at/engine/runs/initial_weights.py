@@ -22,7 +22,9 @@ from distributed_at.engine.checkpoint.tools import read_weights
 from distributed_at.engine.parallel import World
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.errors import CheckpointError, ConfigError, UserError
+from distributed_at.models.foreign import fitted_weights, published_weights
 from distributed_at.models.parameters import load_torchvision_state_dict
+from distributed_at.networks import library_of
 
 
 def check_initial_weights(config: RunConfig) -> None:
@@ -32,6 +34,10 @@ def check_initial_weights(config: RunConfig) -> None:
         ConfigError: BN-only finetuning without a network to finetune, or a path that does not exist.
     """
     source = config.train.init_from
+    if source is not None and config.model.pretrained is not None:
+        raise ConfigError(
+            f"train.init_from {source} and model.pretrained {config.model.pretrained} are two beginnings: give one"
+        )
     if source is None:
         if config.train.bn_only is not None:
             raise ConfigError(
@@ -43,8 +49,8 @@ def check_initial_weights(config: RunConfig) -> None:
         raise ConfigError(f"train.init_from: there is no {source}: give a run folder, a checkpoint or a weights file")
 
 
-def read_initial_weights(source: str) -> dict[str, torch.Tensor]:
-    """Return the state dict of ``train.init_from`` in host memory.
+def read_initial_weights(source: str, *, field: str = "train.init_from") -> dict[str, torch.Tensor]:
+    """Return the state dict of ``train.init_from`` (or of another ``field``) in host memory.
 
     A run gives what its evaluation would take: the checkpoint that ``train.select`` prefers, the averaged weights
     where the run keeps them. A checkpoint folder gives its weights, a file (.safetensors, .pt, .pth) its state dict.
@@ -62,7 +68,7 @@ def read_initial_weights(source: str) -> dict[str, torch.Tensor]:
         state = read_weights(path)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"train.init_from {source}: {name} holds numbers that are not finite")
+            raise CheckpointError(f"{field} {source}: {name} holds numbers that are not finite")
     return state
 
 
@@ -88,40 +94,78 @@ def begin_from(module: nn.Module, config: RunConfig, world: World, folder: RunFo
     None where the recipe names none, or where the run's folder already holds checkpoints to go on from. Collective:
     rank 0 reads, every rank gets the same bits, and a refusal is raised on all of them.
     """
-    source = config.train.init_from
-    if source is None:
+    source, pretrained = config.train.init_from, config.model.pretrained
+    if source is None and pretrained is None:
         return None
-    return read_into(module, source, world, folder, check=lambda: check_initial_weights(config))
+
+    def apply() -> dict[str, Any]:
+        check_initial_weights(config)
+        if source is not None:
+            apply_initial_weights(module, read_initial_weights(source), source)
+            return {"source": source}
+        assert pretrained is not None
+        return {"source": pretrained, "dropped": apply_pretrained(module, config)}
+
+    return _read_once(module, world, folder, apply)
 
 
-def read_into(
-    module: nn.Module, source: str, world: World, folder: RunFolder, *, check: Callable[[], None] = lambda: None
-) -> dict[str, Any] | None:
+def apply_pretrained(module: nn.Module, config: RunConfig) -> list[str]:
+    """Copy the weights of ``model.pretrained`` into the network; return the tensors that its new head did not take.
+
+    Raises:
+        ConfigError: they belong to another network, or cannot be found.
+        CheckpointError: numbers that are not finite.
+    """
+    source = str(config.model.pretrained)
+    if Path(source).expanduser().exists():
+        state: Mapping[str, torch.Tensor] = read_initial_weights(source, field="model.pretrained")
+    elif library_of(config.model.arch) is not None:
+        state = published_weights(config.model, image_size=config.data.image_size)
+    else:
+        raise ConfigError(f"model.pretrained: there is no {source}: give a run folder, a checkpoint or a weights file")
+    fitted, dropped = fitted_weights(module, state)
+    try:
+        load_torchvision_state_dict(module, fitted)
+    except ConfigError as error:
+        raise ConfigError(f"model.pretrained {source}: {error}") from None
+    return dropped
+
+
+def read_into(module: nn.Module, source: str, world: World, folder: RunFolder) -> dict[str, Any] | None:
     """Give a network (on the CPU) the weights of a run or file on all ranks; return what to record of them.
 
     None, with nothing read, where the run's folder already holds checkpoints, in which the network is saved too.
     """
+
+    def apply() -> dict[str, Any]:
+        apply_initial_weights(module, read_initial_weights(source), source)
+        return {"source": source}
+
+    return _read_once(module, world, folder, apply)
+
+
+def _read_once(
+    module: nn.Module, world: World, folder: RunFolder, apply: Callable[[], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Let rank 0 change the network by ``apply`` and give every rank its bits; refusals are raised on all ranks."""
     told: list[Any] = [None, None]
     if world.is_main:
         try:
             begins = not (files.list_steps(folder.checkpoints) or files.half_replaced(folder.checkpoints))
-            if begins:
-                check()
-                apply_initial_weights(module, read_initial_weights(source), source)
-            told = [begins, None]
+            told = [apply() if begins else None, None]
         except UserError as error:
             told = [None, error]
     if world.world_size > 1:
         dist.broadcast_object_list(told, src=0, group=world.control)
-    begins, refusal = told
+    record, refusal = told
     if refusal is not None:
         raise refusal
-    if not begins:
+    if record is None:
         return None
     if world.world_size > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0, group=world.control)
-    return {"source": source, "sha256": _digest(module)}
+    return {**record, "sha256": _digest(module)}
 
 
 def _digest(module: nn.Module) -> str:

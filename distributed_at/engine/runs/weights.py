@@ -93,7 +93,7 @@ def load_network(
 
     ``average``: use the averaged weights where the recipe keeps them (Gowal et al., section 4.3).
     """
-    module = build_network(config, num_classes)
+    module = build_network(config, num_classes, read_manifest(path).metadata.get("image_size"))
     averaged = average and config.train.ema is not None
     names = set(dict(module.named_parameters()))
     if averaged and config.train.ema is not None and config.train.ema.buffers == "average":

@@ -201,7 +201,7 @@ def _fuse_group_norms(module: fx.GraphModule) -> None:
 def _own_parameters(
     layer: nn.Module, dtype: torch.dtype | None, channels_last: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Give ``layer`` its own copies of the parameters whose dtype or layout differs from what the attack wants."""
+    """Give ``layer`` its own copies of the tensors whose dtype or layout differs from what the attack wants."""
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, live in list(layer.named_parameters(recurse=False)):
         moved = channels_last and live.dim() == 4 and not live.is_contiguous(memory_format=torch.channels_last)
@@ -209,6 +209,10 @@ def _own_parameters(
             copy = _empty_like(live, dtype, channels_last)
             setattr(layer, name, copy)
             pairs.append((live.detach(), copy))
+    for name, held in list(layer.named_buffers(recurse=False)):  # such as a window's mask, added to activations
+        if dtype is not None and held.is_floating_point() and held.dtype != dtype:
+            layer.register_buffer(name, held.to(dtype), persistent=False)
+            pairs.append((held, layer.get_buffer(name)))
     return pairs
 
 

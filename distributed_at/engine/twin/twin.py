@@ -17,6 +17,7 @@ from torch import nn
 from distributed_at.config import BnMode
 from distributed_at.engine.twin.folding import Sources, rewrite
 from distributed_at.models.branches import set_branch
+from distributed_at.models.convert import convert_batch_norms
 from distributed_at.models.norm import set_bn_mode
 
 _LOG = logging.getLogger(__name__)
@@ -76,7 +77,9 @@ class Twin:
         channels_last: bool = True,
         fuse_group_norm: bool | None = None,
     ) -> None:
-        network = aliased_copy(module)
+        network = convert_batch_norms(
+            aliased_copy(module), strict=bn_mode != "eval"
+        )  # of a network that is not ours: the same tensors
         network.eval()
         set_bn_mode(network, bn_mode)
         set_branch(network, branch)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from distributed_at.norms import recorded_norm
 from distributed_at.objectives import recorded_objective
 from distributed_at.observe.figures.style import COLOURS, MARKERS, Drawn, legend_above, look, new_figure
 from distributed_at.observe.record import Measurement, RunRecord
 from distributed_at.observe.tables import paper_number
 
 _DEPTHS = {"resnet18": 18, "resnet34": 34, "preact_resnet18": 18, "preact_resnet34": 34, "preact_resnet50": 50}
-_NORMS = {"bn": "", "mbn": "MBN", "gn": "GN"}
 
 
 def ratio_of(record: RunRecord) -> float | None:
@@ -28,8 +28,9 @@ def _extras(record: RunRecord) -> tuple[str, ...]:
 def strategy_of(record: RunRecord, branch: str = "") -> str:
     """Return a training strategy in the paper's words: ``MBN_adv, 100% adv + 100% clean, ALP*``."""
     ratio = ratio_of(record)
-    norm = _NORMS.get(str(record.section("model").get("norm", "bn")), "")
-    name = norm + (f"_{branch}" if norm == "MBN" and branch else "")
+    norm = recorded_norm(record.section("model"))
+    label = "" if norm.shared_statistics else norm.label  # one batch norm is what the paper does not name
+    name = label + (f"_{branch}" if norm.branches and branch else "")
     mix = "0% adv + 100% clean" if ratio is None else f"100% adv + {100 * ratio:g}% clean"
     star = "*" if record.section("train").get("freeze_bn_from_epoch") is not None else ""
     return f"{name + ', ' if name else ''}{', '.join([mix, *_extras(record)])}{star}"
@@ -140,8 +141,9 @@ def clean_ratio(records: Sequence[RunRecord]) -> Drawn | None:
     with look():
         figure, (axis,) = new_figure()
         norms = _grouped(chosen, lambda r: str(r.section("model").get("norm", "bn")))
-        for index, (norm, group) in enumerate(norms.items()):
-            label = {"bn": "BN", "mbn": "MBN_adv", "gn": "GN"}.get(norm, norm)
+        for index, group in enumerate(norms.values()):
+            norm = recorded_norm(group[0].section("model"))
+            label = f"{norm.label}_adv" if norm.branches else norm.label
             _line(axis, [(100 * (ratio_of(r) or 0.0), measured(r)) for r in group], index=index, label=label)
             _paper(axis, [(100 * (ratio_of(r) or 0.0), paper_number(r, measured(r))) for r in group], index=index)
         axis.set_xlabel("clean images kept beside 100% adversarial ones (%)")
@@ -153,17 +155,17 @@ def clean_ratio(records: Sequence[RunRecord]) -> Drawn | None:
     return Drawn(name="figure1", caption=caption, figure=figure)
 
 
-def attack_iterations(records: Sequence[RunRecord], *, norms: Sequence[str], name: str) -> Drawn | None:
-    """Figures 2 (``norms=("bn",)``) and 3 (``("mbn", "gn")``): accuracy against PGD steps, a curve a run.
+def attack_iterations(records: Sequence[RunRecord], *, shared: bool, name: str) -> Drawn | None:
+    """Figures 2 (``shared=True``, one batch norm) and 3 (the other norms): accuracy against PGD steps, a curve a run.
 
     None where no such run was measured at two numbers of steps.
     """
-    chosen = [r for r in records if str(r.section("model").get("norm", "bn")) in norms]
+    chosen = [r for r in records if recorded_norm(r.section("model")).shared_statistics == shared]
     curves = [(r, _robust(r)) for r in chosen if len({m.details["num_steps"] for m in _robust(r)}) >= 2]
     curves = [(r, points) for r, points in curves if ratio_of(r) is not None]
     if not curves:
         return None
-    labels = [strategy_of(r, "adv" if r.section("model").get("norm") == "mbn" else "") for r, _ in curves]
+    labels = [strategy_of(r, "adv" if recorded_norm(r.section("model")).branches else "") for r, _ in curves]
     with look():
         figure, (axis,) = new_figure()
         for index, ((record, points), label) in enumerate(zip(curves, labels, strict=True)):
