@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distributed_at.config import PaperConfig, RunConfig
+from distributed_at.config import ModelConfig, PaperConfig, RunConfig
 from distributed_at.errors import ConfigError, did_you_mean
 from distributed_at.networks import file_of
 from distributed_at.plugins import load_installed, load_plugin
@@ -318,7 +318,19 @@ def _lay(base: Node, over: Node) -> Node:
     for key in chosen_sections():
         section = over.child(key)
         base = _switch_section(base, key, section.child("name") if section is not None else None)
+    model = over.child("model")
+    base = _switch_network(base, model.child("arch") if model is not None else None)
     return merge(base, over)
+
+
+def _switch_network(base: Node, arch: Node | None) -> Node:
+    """Drop what another network inherits but does not have: its layout, and all fields of ours where it is not ours."""
+    model = base.child("model")
+    before = model.child("arch") if model is not None else None
+    if arch is None or model is None or before is None or not isinstance(arch.value, str) or arch.value == before.value:
+        return base
+    kept = {key: child for key, child in model.items() if ModelConfig.survives(key, arch.value)}
+    return Node({**base.value, "model": Node(kept, model.source)}, base.source)
 
 
 def _switch_section(base: Node, key: str, name: Node | None) -> Node:
@@ -364,11 +376,17 @@ def _with_absolute_network(node: Node, folder: Path) -> Node:
     """Write ``model.arch: FILE.py:FUNCTION`` as found from ``folder``, before it is merged into files of other folders."""
     model = node.child("model")
     arch = model.child("arch") if model is not None else None
-    found = file_of(arch.value) if arch is not None and isinstance(arch.value, str) else None
-    if model is None or arch is None or found is None:
+    if model is None or arch is None:
         return node
-    written = Node(f"{(folder / Path(found[0]).expanduser()).resolve()}:{found[1]}", arch.source)
+    written = _absolute_network(arch, folder)
     return Node({**node.value, "model": Node({**model.value, "arch": written}, model.source)}, node.source)
+
+
+def _absolute_network(arch: Node, folder: Path) -> Node:
+    found = file_of(arch.value) if isinstance(arch.value, str) else None
+    if found is None:
+        return arch
+    return Node(f"{(folder / Path(found[0]).expanduser()).resolve()}:{found[1]}", arch.source)
 
 
 def _with_network_file(tree: Node) -> Node:
@@ -420,8 +438,10 @@ def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
             raise ConfigError(f"{source}: an override is written key=value, e.g. optimizer.lr=0.2")
         path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
         node = parse_override_value(value, source)
-        if path == ("model", "arch") and isinstance(node.value, str) and (found := file_of(node.value)):
-            node = Node(f"{Path(found[0]).expanduser().resolve()}:{found[1]}", source)
+        if path == ("model", "arch"):
+            node = _absolute_network(node, Path.cwd())
+        elif path == ("model",):
+            node = _with_absolute_network(Node({"model": node}, source), Path.cwd()).value["model"]
         if path == ("plugins",):
             node = _with_plugins(Node({"plugins": node}, source), Path.cwd()).value["plugins"]
         parsed.append((path, node))
@@ -430,6 +450,8 @@ def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
         if key in chosen_sections():
             name = node if path == (key, "name") else node.child("name") if path == (key,) else None
             tree = _switch_section(tree, key, name)
+        arch = node if path == ("model", "arch") else node.child("arch") if path == ("model",) else None
+        tree = _switch_network(tree, arch)
     for path, node in parsed:
         tree = replace_at(tree, path, node)
     return tree

@@ -26,6 +26,14 @@ from distributed_at.recipes import load_recipe
 from distributed_at.rng import EVALUATION_EPOCH
 
 RECIPE = Path(__file__).parents[1] / "digits" / "adversarial.yaml"
+
+
+def with_words(words, *changes):
+    """Return overrides with some of them changed: a key may stand once in a command."""
+    changed = {change.partition("=")[0] for change in changes}
+    return [*(word for word in words if word.partition("=")[0] not in changed), *changes]
+
+
 TINY = (
     "data.limit_train=72",
     "data.validation_size=0",

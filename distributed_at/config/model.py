@@ -14,6 +14,8 @@ from distributed_at.norms import NORMS, Norm
 # what a network that is not ours may be given; its layout, activations and initial weights are its own
 _FOREIGN = frozenset({"arch", "options", "pretrained", "norm", "groups", "sync_bn", "pixel_mean", "pixel_std"})
 
+_LAYOUT = frozenset({"blocks", "block", "depth", "widen", "dropout", "options", "pretrained"})  # of one network alone
+
 
 class ModelConfig(Strict):
     """The network. Normalisation of pixels is part of it: it takes [0, 1]."""
@@ -97,6 +99,11 @@ class ModelConfig(Strict):
         if any(s <= 0 for s in self.pixel_std):
             raise ValueError(f"pixel_std must be positive, got {self.pixel_std}")
         return self
+
+    @staticmethod
+    def survives(field: str, arch: str) -> bool:
+        """Whether a field that a recipe inherits still means something once it names another network, ``arch``."""
+        return field not in _LAYOUT and (field in _FOREIGN or not is_foreign(arch))
 
     @property
     def norm_facts(self) -> Norm:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from distributed_at.config import RunConfig
@@ -30,7 +30,7 @@ from distributed_at.observe.console import ConsoleView
 from distributed_at.observe.environment import changes, collect_environment, read_environment, write_environment
 from distributed_at.observe.events import EventLog, View, next_restart
 from distributed_at.observe.secrets import without_secrets
-from distributed_at.plan_warnings import PlanWarning, plan_warnings
+from distributed_at.plan_warnings import plan_warnings
 
 
 def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, quiet: bool = False) -> int:
@@ -130,15 +130,6 @@ def _open_events(world: World, config: RunConfig, folder: RunFolder, lock: RunLo
     return events
 
 
-def _warn(warnings: Sequence[PlanWarning], events: EventLog, *, aloud: bool) -> None:
-    """Keep in the events what ``plan`` warns of; say it too where no console shows the events."""
-    for warning in warnings:
-        if warning.level == "warning":
-            events.write("warning", step=0, epoch=0.0, code=warning.code, message=warning.message)
-            if aloud:
-                print(f"warning: {warning.code}: {warning.message}", file=sys.stderr, flush=True)
-
-
 def _train(
     world: World,
     config: RunConfig,
@@ -172,7 +163,9 @@ def _train(
         num_train=parts.source.num_samples,
         has_batch_norm=any(True for _ in bn_layers(parts.engine.module)),
     )
-    _warn(warnings, events, aloud=quiet and world.is_main)
+    doubts = [(w.code, w.message) for w in warnings if w.level == "warning"]
+    for code, message in doubts if quiet and world.is_main else ():  # no console shows the events
+        print(f"warning: {code}: {message}", file=sys.stderr, flush=True)
     state = TrainingState(parts)
     trainer = Trainer(
         state,
@@ -182,6 +175,7 @@ def _train(
         stop_requested=stop_requested,
         watch=watchdog.section,
         notes=notes,
+        warnings=doubts,
     )
     try:
         outcome = trainer.run()

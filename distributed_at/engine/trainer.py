@@ -6,7 +6,7 @@ One step is a pure function of (weights, step number, recipe); everything that i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -59,7 +59,9 @@ class Trainer:
         on_step: Callable[[int], None] = lambda step: None,
         watch: Callable[[str], AbstractContextManager[None]] = lambda section: nullcontext(),
         notes: Notes | None = None,
+        warnings: Sequence[tuple[str, str]] = (),
     ) -> None:
+        """``warnings``: (code, message) of what is known to be doubtful before the first step; they go into the events."""
         self.state = state
         self.parts = parts = state.parts
         self.config = parts.config
@@ -72,6 +74,7 @@ class Trainer:
         self._on_step = on_step
         self._watch = watch
         self._notes = notes
+        self._warnings = warnings
         self._clock = StepClock(parts.world.device)
         self._times = StepTimes()
         self._slow: set[int] = set()
@@ -89,6 +92,8 @@ class Trainer:
             total_steps=p.total_steps,
             **started_from,
         )
+        for code, message in self._warnings:
+            self._event("warning", code=code, message=message)
         if not resumed and self.config.train.on_nonfinite == "rollback":
             self._checkpoints.save_if_due(force=True)  # something to go back to from the first step on
         while (reason := self._loop()) == "rollback":

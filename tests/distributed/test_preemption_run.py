@@ -15,9 +15,9 @@ import pytest
 from distributed_at.engine.processes.launch import free_port
 from distributed_at.errors import EXIT_REQUEUE
 from tests.patience import end_of, wait_until
-from tests.training_kit import RECIPE, TINY, checkpoint_step, state_digest, training_rows
+from tests.training_kit import RECIPE, TINY, checkpoint_step, state_digest, training_rows, with_words
 
-WORDS = ["train", str(RECIPE), *TINY, "train.epochs=60", "--quiet"]  # 180 steps
+WORDS = ["train", str(RECIPE), *with_words(TINY, "train.epochs=60"), "--quiet"]  # 180 steps
 LAUNCHER = [sys.executable, "-m", "distributed_at", *WORDS, "--workers", "2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "distributed_at", *WORDS]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distributed_at.engine.processes.launch import free_port, worker_environment
-from tests.training_kit import RECIPE, TINY
+from tests.training_kit import RECIPE, TINY, with_words
 
 ROOT = Path(__file__).parents[2]
 PAUSE = 0.15  # seconds
@@ -25,13 +25,21 @@ print("threads left:", sum(name == "pt_gloo_runloop" for name in names), file=sy
 sys.exit(code)
 """
 SAYS_NAMES = """
-import os, torch, torch.distributed as dist
+import os, time, torch, torch.distributed as dist
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-print([open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")])
+names = []
+for _ in range(600):  # a thread names itself once it runs, which on a busy machine is a while after it was made
+    names = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
+    if "pt_gloo_runloop" in names:
+        break
+    time.sleep(0.1)
+print(names)
 os._exit(0)
 """
 # two ranks that share a BN group, and meet in an evaluation: every kind of group that a run makes
-WORDS = [*TINY, "train.epochs=1", "schedule.warmup_epochs=0", "train.bn_group_size=24", "train.micro_batch_size=12"]
+WORDS = with_words(
+    TINY, "train.epochs=1", "schedule.warmup_epochs=0", "train.bn_group_size=24", "train.micro_batch_size=12"
+)
 VALIDATING = ["data.validation_size=24", "evaluation.every_epochs=1", "evaluation.validation=[{kind: clean}]"]
 
 
@@ -50,7 +58,7 @@ def run(words: list[str], **environment: str) -> list[tuple[int, str]]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, list[tuple[int, str]]]:
     folder = tmp_path_factory.mktemp("shutdown") / "run"
-    return folder, run(["train", str(RECIPE), *WORDS, *VALIDATING, "--run-folder", str(folder), "--quiet"])
+    return folder, run(["train", str(RECIPE), *with_words(WORDS, *VALIDATING), "--run-folder", str(folder), "--quiet"])
 
 
 @pytest.fixture(scope="module")

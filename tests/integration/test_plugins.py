@@ -15,6 +15,7 @@ from distributed_at.cli import main
 from distributed_at.config import RunConfig
 from distributed_at.engine.runs.evaluate_run import evaluate_run
 from distributed_at.errors import ConfigError
+from distributed_at.networks import NETWORKS
 from distributed_at.objectives import OBJECTIVES
 from distributed_at.planning import make_plan
 from distributed_at.recipes import load_recipe
@@ -125,9 +126,16 @@ def test_example_of_the_docs_trains_as_it_is_printed(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(recipe_text)
     (tmp_path / "my_method.py").write_text(code)
     try:
-        config = recipe(tmp_path)
+        words = [word for word in SMALL if not word.startswith("model=")]
+        config = load_recipe(str(tmp_path / "mine.yaml"), words).config
         assert config.objective.model_dump() == {"name": "mine", "weight": 2.0}
-        found = evaluate_run(train(config, tmp_path / "run"))
-        assert found.results[0].total == 16
+        found = make_plan(config)
+        assert (found.train_units, found.statistics.parameters) == (6, 3 * 8 * 9 + 8 + 16 + 8 * 10 + 10)
+        whole = train(config, tmp_path / "whole")
+        again = train(config, cut_back(whole, tmp_path / "again", 8))
+        assert all(same_bits(t, tensors(again, 16)[name]) for name, t in tensors(whole, 16).items())
+        assert evaluate_run(whole).results[0].total == 16
+        assert main(["report", str(whole)]) == 0
     finally:
         OBJECTIVES.remove("mine")
+        NETWORKS.remove("small")

@@ -39,8 +39,8 @@ MUTATIONS = (
     Mutation(
         "training keeps no warning",
         "engine/run.py",
-        '            events.write("warning", step=0, epoch=0.0, code=warning.code, message=warning.message)\n            if aloud',
-        "            if aloud",
+        "        warnings=doubts,\n",
+        "",
         "tests/integration/test_bad_inputs.py::test_what_plan_warns_of_stands_in_the_events_of_the_training_and_is_said",
     ),
 )

@@ -113,6 +113,15 @@ def test_converted_network_computes_what_it_computed_before(training: bool) -> N
     assert list(raw.state_dict()) == list(converted.state_dict())
 
 
+def test_conversion_keeps_eps_and_momentum() -> None:
+    raw = nn.BatchNorm2d(3, eps=0.01, momentum=0.3)
+    x = torch.randn(4, 3, 5, 5)
+    converted = convert_batch_norms(copy.deepcopy(raw))
+    assert torch.equal(raw(x), converted(x))
+    assert torch.equal(raw.running_var, converted.running_var)
+    assert torch.equal(raw.eval()(x), converted.eval()(x))
+
+
 def test_conversion_takes_over_the_very_tensors() -> None:
     raw = torchvision.models.resnet18(num_classes=10)
     before = {id(t) for t in [*raw.parameters(), *raw.buffers()]}
@@ -151,7 +160,7 @@ class Odd(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("layer", "told"),
     [
-        (nn.BatchNorm1d(4), "nn.BatchNorm2d"),
+        (nn.BatchNorm1d(4), r"batch norm over images \(nn.BatchNorm2d\) can be taken over"),
         (nn.BatchNorm2d(4, affine=False), "affine parameters"),
         (nn.BatchNorm2d(4, track_running_stats=False), "running statistics"),
         (nn.BatchNorm2d(4, momentum=None), "fixed momentum"),
@@ -258,6 +267,9 @@ def test_published_weights_are_loaded_strictly_but_for_a_new_head(norm: str) -> 
     assert torch.equal(model.network.conv1.weight, state["conv1.weight"])
     same = build_model(ModelConfig(arch="torchvision:resnet18"), num_classes=1000)
     assert fitted_weights(same, state)[1] == []
+    thin = {k: v[:3] if k == "layer1.0.conv1.weight" else v for k, v in state.items()}
+    with pytest.raises(ConfigError, match=r"layer1\.0\.conv1\.weight is \(3, 64, 3, 3\), not"):
+        load_torchvision_state_dict(model, fitted_weights(model, thin)[0])
     with pytest.raises(ConfigError, match=r"no network\.conv1\.weight"):
         load_torchvision_state_dict(
             model, fitted_weights(model, {k: v for k, v in state.items() if k != "conv1.weight"})[0]
@@ -322,6 +334,17 @@ def test_layers_that_drop_are_converted_each_with_a_number_of_its_own() -> None:
     for layer, told in ((depth(0.3, "batch"), "mode 'batch'"), (nn.MultiheadAttention(4, 1, 0.1), "dropout inside")):
         with pytest.raises(ConfigError, match=told):
             convert_dropout(nn.Sequential(layer))
+
+
+@needs_timm
+def test_masks_of_timms_norm_layers_are_kept() -> None:
+    """timm puts drop and activation into its norm layer: converted, the network still computes what it did."""
+    import timm
+
+    torch.manual_seed(0)
+    raw = timm.create_model("efficientnet_b0", num_classes=10).eval()
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(convert_batch_norms(copy.deepcopy(raw))(x), raw(x))
 
 
 @needs_timm

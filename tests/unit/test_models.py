@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -14,8 +16,10 @@ from distributed_at.models import LAYOUTS, build_model, on_branch, set_bn_mode, 
 from distributed_at.models.activations import build_activation
 from distributed_at.models.norm import MixtureBatchNorm, norm_layers
 from distributed_at.networks import NETWORKS
+from distributed_at.norms import NORMS as NORMS_BY_NAME
 
-NORMS = ("bn", "gn", "mbn")
+PACKAGE = Path(__file__).parents[2] / "distributed_at"
+NORMS = tuple(NORMS_BY_NAME.builtin)
 BRANCHES = ("clean", "adv")
 CLASSES = 5
 
@@ -329,3 +333,13 @@ def test_preact_shortcut_takes_the_input_that_the_recipe_names() -> None:
     assert into_shortcut.min() >= 0
     assert entered.min() < 0
     assert torch.equal(entered_raw, into_raw_shortcut)
+
+
+def test_nothing_but_its_entry_knows_a_norm_by_name() -> None:
+    """What a norm is stands in norms.py; everything else asks it."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Compare):
+                continue
+            said = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            assert not said & set(NORMS_BY_NAME.builtin), f"{path.relative_to(PACKAGE)}:{node.lineno}"

@@ -77,9 +77,8 @@ class Twin:
         channels_last: bool = True,
         fuse_group_norm: bool | None = None,
     ) -> None:
-        network = convert_batch_norms(
-            aliased_copy(module), strict=bn_mode != "eval"
-        )  # of a network that is not ours: the same tensors
+        # of a network that is not ours; in eval mode a norm that cannot be taken over is right as it is
+        network = convert_batch_norms(aliased_copy(module), strict=bn_mode != "eval")
         network.eval()
         set_bn_mode(network, bn_mode)
         set_branch(network, branch)

@@ -97,7 +97,7 @@ FILE = "objectives/mixture.py"
 MUTATIONS = [
     Mutation(
         "clean and adv branches swapped", FILE,
-        'return forward(clean, branch="clean", shares=shares), forward(adv, branch="adv")',
+        'return forward(clean, branch="clean", shares=shares, ids=batch.ids[rows]), forward(adv, branch="adv")',
         'return forward(clean, branch="adv", shares=shares), forward(adv, branch="clean")', "mixture_branches_carry_their_names",
     ),
     Mutation(
