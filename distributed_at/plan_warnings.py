@@ -101,7 +101,7 @@ def _batch(config: RunConfig, batch: BatchPlan, num_train: int, has_batch_norm: 
                 "are synchronised in every training forward; a smaller world size needs no such traffic",
             )
         )
-    if config.data.dataset == "imagenet" and batch.micro_batch < _SMALL_MICRO_BATCH and batch.world_size > 1:
+    if config.data.facts.image_size is None and batch.micro_batch < _SMALL_MICRO_BATCH and batch.world_size > 1:
         found.append(
             (
                 "small_micro_batch",
@@ -182,11 +182,11 @@ def _selection(config: RunConfig) -> list[tuple[str, str]]:
                 "add a pgd protocol, or the least robust checkpoint may be chosen",
             )
         ]
-    if config.train.select == "last" and config.data.dataset.startswith("cifar") and config.train.epochs >= 100:
+    if config.train.select == "last" and config.data.facts.robust_overfitting and config.train.epochs >= 100:
         return [
             (
                 "robust_overfitting",
-                "train.select is last: on CIFAR, robust accuracy falls in the epochs after the rate drops",
+                f"train.select is last: on {config.data.facts.title}, robust accuracy falls in the epochs after the rate drops",
             )
         ]
     return []

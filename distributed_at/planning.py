@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed_at.accelerators import Gpu, Rate, attack_arithmetic, find_gpu
@@ -22,14 +23,6 @@ from distributed_at.plan_warnings import PlanWarning, plan_warnings
 if TYPE_CHECKING:
     from distributed_at.models.statistics import ModelStatistics
 
-# Published sizes: (train, test, classes). The digits are one set of 1797, of which 360 are always the test set.
-DATASETS = {
-    "digits": (1437, 360, 10),
-    "cifar10": (50_000, 10_000, 10),
-    "cifar100": (50_000, 10_000, 100),
-    "svhn": (73_257, 26_032, 10),
-    "imagenet": (1_281_167, 50_000, 1000),
-}
 _FLOAT = 4  # bytes
 _OPTIMIZER_STATES = {"sgd": 1, "rmsprop": 2, "adam": 2, "adamw": 2}
 
@@ -183,22 +176,54 @@ def measure_model(config: RunConfig) -> ModelStatistics:
     """Measure the recipe's network on the meta device."""
     from distributed_at.models.statistics import measure
 
-    classes = config.data.num_classes or DATASETS[config.data.dataset][2]
-    return measure(config.model, num_classes=classes, image_size=config.data.image_size)
+    return measure(config.model, num_classes=count_classes(config.data), image_size=config.data.image_size)
 
 
 def split_sizes(data: DataConfig) -> tuple[int, int]:
-    """Return (training, test) images of the published data set after validation is held out and limits are applied.
+    """Return (training, test) images after validation is held out and limits are applied.
+
+    Of a published data set as published; of a folder what it holds.
 
     Raises:
-        ConfigError: validation takes everything.
+        ConfigError: validation takes everything, or a folder is not there to be counted.
     """
-    train, test, _ = DATASETS[data.dataset]
+    train, test = _published_sizes(data)
     if data.validation_size >= train:
         raise ConfigError(
             f"data.validation_size {data.validation_size} leaves nothing to train on: train has {train} images"
         )
     return min(train - data.validation_size, data.limit_train or train), min(test, data.limit_test or test)
+
+
+def count_classes(data: DataConfig) -> int:
+    """Return the classes: the recipe's, the published data set's, or a folder's.
+
+    Raises:
+        ConfigError: none of them says it.
+    """
+    found = data.num_classes or data.facts.classes
+    return found if found is not None else len(_folder_listing(data)[0])
+
+
+def _published_sizes(data: DataConfig) -> tuple[int, int]:
+    if data.facts.train is not None and data.facts.test is not None:
+        return data.facts.train, data.facts.test
+    _, train, test = _folder_listing(data)
+    return train, test
+
+
+def _folder_listing(data: DataConfig) -> tuple[list[str], int, int]:
+    """Return class names and images of a folder's two splits, by its names alone."""
+    from distributed_at.data.index import list_folder
+    from distributed_at.data.sources import has_own_test_set
+
+    if data.path is None:
+        raise ConfigError(f"data.path is null: '{data.dataset}' is counted where it lies; give data.path")
+    root = Path(data.path).expanduser()
+    own = has_own_test_set(root)
+    paths = list_folder(root / "train" if own else root)
+    test = len(list_folder(root / "val")) if own else data.test_size or 0
+    return sorted({path.split("/", 1)[0] for path in paths}), len(paths) - (0 if own else test), test
 
 
 def estimate_memory(config: RunConfig, batch: BatchPlan, statistics: ModelStatistics) -> Memory:

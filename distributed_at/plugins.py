@@ -27,6 +27,7 @@ REGISTRIES = {
     "OBJECTIVES": "distributed_at.objectives:OBJECTIVES",
     "EVALUATION_KINDS": "distributed_at.evaluation.kinds:KINDS",
     "NETWORKS": "distributed_at.networks:NETWORKS",
+    "DATASETS": "distributed_at.datasets:DATASETS",
     "NORMS": "distributed_at.norms:NORMS",
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from distributed_at.accelerators import attack_arithmetic, find_gpu
 from distributed_at.models.statistics import count_macs
 from distributed_at.observe.cost import config_units
-from distributed_at.planning import DATASETS, split_sizes
+from distributed_at.planning import count_classes, split_sizes
 from distributed_at.recipes import FOLDERS, RecipeEntry, group_by_table, list_recipes, recipe_root
 
 _BEGIN, _END = "<!-- recipes: generated -->", "<!-- recipes: end -->"
@@ -62,7 +62,7 @@ def _gpu_hours(entry: RecipeEntry, gpu: str) -> str:
     """Return the training's GPU hours at the published rate of ``plan``, to two digits."""
     config = entry.config
     train, _ = split_sizes(config.data)
-    classes = config.data.num_classes or DATASETS[config.data.dataset][2]
+    classes = count_classes(config.data)
     macs = count_macs(config.model, num_classes=classes, image_size=config.data.image_size)
     flops = config_units(config).total * 2.0 * macs * train * config.train.epochs
     arithmetic = attack_arithmetic(config.train.precision, config.attack.dtype if config.attack else None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from distributed_at.config.base import Strict
+from distributed_at.config.choice import Choice
+from distributed_at.datasets import DATASETS, Dataset
 
 
 class AugmentConfig(Strict):
@@ -38,9 +40,14 @@ class AugmentConfig(Strict):
 class DataConfig(Strict):
     """Where the images come from."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "svhn", "imagenet"]
+    dataset: Annotated[str, Choice(DATASETS)] = Field(
+        description="a published one; 'folder' = any folder of class folders, their names the classes; or a plug-in's"
+    )
     path: str | None = Field(default=None, description="folder that holds the data; digits need none")
     download: bool = Field(default=False, description="let torchvision download CIFAR or SVHN into path")
+    test_size: int | None = Field(
+        default=None, gt=0, description="images of a folder without val/ that are its test set, always the same ones"
+    )
     backend: Literal["auto", "dali_cpu", "dali_gpu", "pil"] = Field(
         default="auto", description="decoder of imagenet folders"
     )
@@ -60,3 +67,17 @@ class DataConfig(Strict):
     augment: AugmentConfig = AugmentConfig()
     prefetch: int = Field(default=2, ge=0, description="batches prepared ahead of the attack")
     num_threads: int = Field(default=0, ge=0, description="decoder threads; 0 = by the machine")
+
+    @model_validator(mode="after")
+    def _fits_the_data_set(self) -> DataConfig:
+        if self.download and self.facts.fetch is None:
+            fetched = ", ".join(name for name in DATASETS if DATASETS[name].fetch is not None)
+            raise ValueError(f"download fetches {fetched}; '{self.dataset}' has to be brought")
+        if self.test_size is not None and self.facts.test is not None:
+            raise ValueError(f"test_size belongs to a folder without val/; '{self.dataset}' has a published test set")
+        return self
+
+    @property
+    def facts(self) -> Dataset:
+        """What is known of the data set before it is opened."""
+        return DATASETS[self.dataset]

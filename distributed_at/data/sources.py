@@ -14,16 +14,20 @@ from distributed_at.data.download import download
 from distributed_at.data.imagenet import Decoder, FolderSource, check_layout
 from distributed_at.data.imagenet_dali import DaliDecoder
 from distributed_at.data.imagenet_pil import PilDecoder
-from distributed_at.data.index import Progress, open_index
+from distributed_at.data.index import FolderIndex, Progress, open_index
 from distributed_at.data.machine import dali_installed, decoder_threads
 from distributed_at.data.shards import has_shards, load_shards
 from distributed_at.data.source import ArraySource, ImageSource
-from distributed_at.data.split import carve_validation, limit_ids
+from distributed_at.data.split import carve_validation, fixed_test_ids, limit_ids
 from distributed_at.errors import ConfigError, DataError
 
 Split = Literal["train", "validation", "test"]
-_SMALL_SIZES = {"digits": digits.IMAGE_SIZE, "cifar10": 32, "cifar100": 32, "svhn": 32}
-_SMALL_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "svhn": 10}
+# name -> (folder, published split, warn) -> images, labels, class names
+_READERS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray, tuple[str, ...]]]] = {
+    "cifar10": lambda path, split, warn: cifar.read_cifar(path, "cifar10", split, warn=warn),
+    "cifar100": lambda path, split, warn: cifar.read_cifar(path, "cifar100", split, warn=warn),
+    "svhn": lambda path, split, warn: svhn.read_svhn(path, split, warn=warn),
+}
 _EVALUATION_CROP = 0.875  # 224 out of 256
 _CORES_FOR_CPU_DECODING = 4
 
@@ -56,12 +60,10 @@ def open_split(
         raise ValueError(f"split must be 'train', 'validation' or 'test', got {split!r}")
     if split == "validation" and config.validation_size == 0:
         raise ConfigError("split 'validation' needs data.validation_size > 0")
-    if config.dataset == "imagenet":
-        return _open_folder(config, split, seed=seed, warn=warn, progress=progress, device_index=device_index)
-    return _open_arrays(config, split, seed=seed, warn=warn)
+    return config.facts.opener()(config, split, seed=seed, warn=warn, progress=progress, device_index=device_index)
 
 
-def _split_ids(published: np.ndarray, config: DataConfig, split: Split, *, seed: int) -> np.ndarray:
+def split_ids(published: np.ndarray, config: DataConfig, split: Split, *, seed: int) -> np.ndarray:
     """Choose the ids of ``split`` among those of the published split that it comes from."""
     if split == "test":
         return limit_ids(published, config.limit_test, seed=seed)
@@ -69,7 +71,7 @@ def _split_ids(published: np.ndarray, config: DataConfig, split: Split, *, seed:
     return validation if split == "validation" else limit_ids(train, config.limit_train, seed=seed)
 
 
-def _check_classes(config: DataConfig, found: int, where: str) -> None:
+def check_classes(config: DataConfig, found: int, where: str) -> None:
     if config.num_classes is not None and config.num_classes != found:
         raise DataError(
             f"data.num_classes is {config.num_classes}, but {where} has {found} classes: set num_classes: {found}, "
@@ -77,18 +79,26 @@ def _check_classes(config: DataConfig, found: int, where: str) -> None:
         )
 
 
-def _open_arrays(
-    config: DataConfig, split: Split, *, seed: int, warn: Callable[[str, str], None] | None
+def open_arrays(
+    config: DataConfig,
+    split: Split,
+    *,
+    seed: int,
+    warn: Callable[[str, str], None] | None = None,
+    progress: Progress | None = None,
+    device_index: int | None = None,
 ) -> ImageSource:
-    name = config.dataset
-    if config.image_size != _SMALL_SIZES[name]:
+    """Open a split of digits, CIFAR or SVHN: one array in memory."""
+    name, facts = config.dataset, config.facts
+    assert facts.classes is not None
+    if config.image_size != facts.image_size:
         raise DataError(
-            f"data.image_size is {config.image_size}, but {name} has images of {_SMALL_SIZES[name]} pixels and is not "
-            f"resized: set image_size: {_SMALL_SIZES[name]}"
+            f"data.image_size is {config.image_size}, but {name} has images of {facts.image_size} pixels and is not "
+            f"resized: set image_size: {facts.image_size}"
         )
-    _check_classes(config, _SMALL_CLASSES[name], name)
+    check_classes(config, facts.classes, name)
     published = "test" if split == "test" else "train"
-    if name == "digits":
+    if name not in _READERS:
         images, labels, class_names = digits.read_digits()
         ids = digits.digits_ids(published, len(labels))
     else:
@@ -97,18 +107,15 @@ def _open_arrays(
         path = Path(config.path).expanduser()
         if config.download:
             download(name, path)
-        if name == "svhn":
-            images, labels, class_names = svhn.read_svhn(path, published, warn=warn)
-        else:
-            images, labels, class_names = cifar.read_cifar(path, name, published, warn=warn)
+        images, labels, class_names = _READERS[name](path, published, warn)
         ids = np.arange(len(labels), dtype=np.int64)
     return ArraySource(
         images,
         labels,
         name=name,
         split=split,
-        sample_ids=_split_ids(ids, config, split, seed=seed),
-        num_classes=_SMALL_CLASSES[name],
+        sample_ids=split_ids(ids, config, split, seed=seed),
+        num_classes=facts.classes,
         augment=config.augment,
         seed=seed,
         class_names=class_names,
@@ -146,37 +153,102 @@ def _make_decoder(config: DataConfig, device_index: int | None) -> Decoder:
     return DaliDecoder(size=config.image_size, num_threads=num_threads, device_id=device)
 
 
-def _open_folder(
+def open_imagenet(
     config: DataConfig,
     split: Split,
     *,
     seed: int,
-    warn: Callable[[str, str], None] | None,
-    progress: Progress | None,
-    device_index: int | None,
+    warn: Callable[[str, str], None] | None = None,
+    progress: Progress | None = None,
+    device_index: int | None = None,
 ) -> ImageSource:
+    """Open a split of a folder that holds ``train/`` and ``val/``."""
+    root, resize_size = _folder_settings(config)
+    check_layout(root)
+    _check_same_classes(root)
+    index = _index(root / ("val" if split == "test" else "train"), config, progress)
+    ids = np.arange(len(index), dtype=np.int64)
+    return _folder_source(index, ids, config, split, resize_size, seed=seed, warn=warn, device_index=device_index)
+
+
+def open_image_folder(
+    config: DataConfig,
+    split: Split,
+    *,
+    seed: int,
+    warn: Callable[[str, str], None] | None = None,
+    progress: Progress | None = None,
+    device_index: int | None = None,
+) -> ImageSource:
+    """Open a split of any folder of class folders: ``train/`` and ``val/``, or one folder of which a part is the test set."""
+    root, resize_size = _folder_settings(config)
+    if has_own_test_set(root):
+        if config.test_size is not None:
+            raise ConfigError(f"data.test_size is {config.test_size}, but {root} has a test set of its own in val/")
+        return open_imagenet(config, split, seed=seed, warn=warn, progress=progress, device_index=device_index)
+    if config.test_size is None:
+        raise DataError(
+            f"data.path {root}: no train/ and val/ in it: make both, or say by data.test_size how many of its images are "
+            "the test set"
+        )
+    index = _index(root, config, progress)
+    if config.test_size >= len(index):
+        raise ConfigError(
+            f"data.test_size {config.test_size} leaves nothing to train on: {root} has {len(index)} images"
+        )
+    train, test = fixed_test_ids(len(index), config.test_size)
+    ids = test if split == "test" else train
+    return _folder_source(index, ids, config, split, resize_size, seed=seed, warn=warn, device_index=device_index)
+
+
+def has_own_test_set(root: Path) -> bool:
+    """Whether a folder of images holds ``train/`` and ``val/``."""
+    return (root / "train").is_dir() and (root / "val").is_dir()
+
+
+def _folder_settings(config: DataConfig) -> tuple[Path, int]:
+    """Return the folder and the size that the shorter edge gets in evaluation."""
     if config.path is None:
-        raise DataError("data.path is null: imagenet needs the folder that holds train/ and val/")
+        raise DataError(
+            f"data.path is null: '{config.dataset}' needs the folder that holds train/ and val/"
+            + ("" if config.facts.test is not None else ", or class folders and data.test_size")
+        )
     resize_size = config.resize_size or round(config.image_size / _EVALUATION_CROP)
     if resize_size < config.image_size:
         raise ConfigError(f"data.resize_size {resize_size} is smaller than data.image_size {config.image_size}")
     if config.augment.crop == "pad":
-        raise ConfigError("data.augment.crop 'pad' needs images of equal size; for imagenet use 'random_resized'")
-    root = Path(config.path).expanduser()
-    check_layout(root)
-    _check_same_classes(root)
-    folder = root / ("val" if split == "test" else "train")
+        raise ConfigError(
+            f"data.augment.crop 'pad' needs images of equal size; for {config.dataset} use 'random_resized'"
+        )
+    return Path(config.path).expanduser(), resize_size
+
+
+def _index(folder: Path, config: DataConfig, progress: Progress | None) -> FolderIndex:
     if has_shards(folder):
         index = load_shards(folder)
     else:
         index = open_index(folder, num_threads=config.num_threads, progress=progress)
-    _check_classes(config, len(index.class_names), str(index.root))
+    check_classes(config, len(index.class_names), str(index.root))
+    return index
+
+
+def _folder_source(
+    index: FolderIndex,
+    ids: np.ndarray,
+    config: DataConfig,
+    split: Split,
+    resize_size: int,
+    *,
+    seed: int,
+    warn: Callable[[str, str], None] | None,
+    device_index: int | None,
+) -> ImageSource:
     return FolderSource(
         index,
         _make_decoder(config, device_index),
         name=config.dataset,
         split=split,
-        sample_ids=_split_ids(np.arange(len(index), dtype=np.int64), config, split, seed=seed),
+        sample_ids=split_ids(ids, config, split, seed=seed),
         image_size=config.image_size,
         resize_size=resize_size,
         augment=config.augment,

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distributed_at.datasets import recorded_dataset
 from distributed_at.objectives import OBJECTIVES, Objective, recorded_objective
 
 if TYPE_CHECKING:
     from distributed_at.config import ObjectiveSection, RunConfig
 
-from distributed_at.observe.record import NUM_CLASSES
 
 FORWARD = 1.0
 INPUT_GRADIENT = 1.0  # backward through the activations alone
@@ -193,10 +193,11 @@ def recipe_forward_flops(recipe: Mapping[str, Any]) -> int | None:
         from distributed_at.models import build_model
 
         data = recipe["data"]
-        num_classes = data.get("num_classes") or NUM_CLASSES[data["dataset"]]
+        found = recorded_dataset(data)
+        num_classes = int(data.get("num_classes") or getattr(found, "classes", None) or 0)
         model_config = ModelConfig.model_validate_json(json.dumps(recipe["model"]))
         with torch.device("meta"):
-            model = build_model(model_config, num_classes=int(num_classes), image_size=int(data["image_size"]))
+            model = build_model(model_config, num_classes=num_classes, image_size=int(data["image_size"]))
         return forward_flops(model, image_size=int(data["image_size"]))
     except Exception:  # an old recipe or an incomplete one: its cost is then not shown
         return None

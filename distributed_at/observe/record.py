@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from distributed_at.datasets import recorded_dataset
 from distributed_at.errors import ConfigError, DataError
 from distributed_at.evaluation.kinds import KINDS
 from distributed_at.evaluation.protocol import Protocol
@@ -20,7 +21,6 @@ from distributed_at.observe.events import EVENTS_FILE, read_events, select
 from distributed_at.statistics import wilson
 
 RECIPE_FILE = "recipe.yaml"
-NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "svhn": 10, "imagenet": 1000}
 # Fields that belong to the measured model, not to how it was measured.
 MODEL_FIELDS = ("hash", "weights", "model", "name", "title")
 
@@ -112,7 +112,8 @@ class RunRecord:
     def num_classes(self) -> int | None:
         """Classes of the data, from the recipe."""
         data = self.section("data")
-        return data.get("num_classes") or NUM_CLASSES.get(str(data.get("dataset")))
+        found = recorded_dataset(data)
+        return data.get("num_classes") or (None if found is None else found.classes)
 
     def held_out(self) -> dict[tuple[str, ...], list[Measurement]]:
         """Return the evaluations made while training, by (split, protocol, branch, metric), in order of step."""

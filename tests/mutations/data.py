@@ -5,6 +5,7 @@ from tests.mutations.mutation import Mutation
 _ORDER = "tests/unit/test_data_order.py::"
 _AUGMENT = "tests/unit/test_data_augment.py::"
 _SOURCES = "tests/unit/test_data_sources.py::"
+_ANY = "tests/integration/test_any_data.py::"
 _EXTRA = "tests/unit/test_data_extra.py::"
 _PIXELS = "tests/unit/test_data_pixels.py::"
 _FOLDERS = "tests/integration/test_imagenet_data.py::"
@@ -154,7 +155,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "SVHN's test images are its training images",
         "data/sources.py",
-        "svhn.read_svhn(path, published, warn=warn)",
+        "svhn.read_svhn(path, split, warn=warn)",
         'svhn.read_svhn(path, "train", warn=warn)',
         _PIXELS + "test_each_split_of_svhn_is_read_from_its_own_file",
     ),
@@ -311,5 +312,40 @@ MUTATIONS: tuple[Mutation, ...] = (
         "width, height = image.size",
         "height, width = image.size",
         _FOLDERS + "test_index_holds_dimensions_labels_and_reasons",
+    ),
+    Mutation(
+        "the test set of a folder moves with the run's seed",
+        "data/sources.py",
+        "train, test = fixed_test_ids(len(index), config.test_size)",
+        "test, train = carve_validation(np.arange(len(index)), size=len(index) - config.test_size, seed=seed)",
+        _ANY + "test_one_folder_is_cut_into_the_same_two_parts_always",
+    ),
+    Mutation(
+        "a folder's test images are trained on too",
+        "data/sources.py",
+        'ids = test if split == "test" else train\n    return _folder_source',
+        'ids = test if split == "test" else np.union1d(train, test)\n    return _folder_source',
+        _ANY + "test_one_folder_is_cut_into_the_same_two_parts_always",
+    ),
+    Mutation(
+        "a plug-in's test set is its training set",
+        "data/mapped.py",
+        '= "test" if split == "test" else "train"',
+        '= "train" if split == "test" else "train"',
+        _ANY + "test_a_plugins_data_set_trains_resumes_and_is_evaluated",
+    ),
+    Mutation(
+        "labels outside of the classes are taken from a plug-in",
+        "data/mapped.py",
+        "        if len(wrong):\n",
+        "        if False:\n",
+        _ANY + "test_what_a_data_set_gives_wrongly_is_told_with_the_item",
+    ),
+    Mutation(
+        "plan counts the test part of a folder among the training images",
+        "planning.py",
+        "len(paths) - (0 if own else test), test",
+        "len(paths), test",
+        _ANY + "test_a_folder_is_planned_trained_resumed_and_evaluated",
     ),
 )

@@ -61,8 +61,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "every network's cost is that of ten classes",
         "observe/cost.py",
-        "num_classes=int(num_classes)",
-        "num_classes=10",
+        "model_config, num_classes=num_classes, image_size",
+        "model_config, num_classes=10, image_size",
         _NUMBERS + "test_flops_of_a_recipe_are_those_of_its_data_sets_classes",
     ),
     Mutation(

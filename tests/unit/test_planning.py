@@ -6,10 +6,11 @@ import pytest
 
 from distributed_at.accelerators import GPUS, attack_arithmetic
 from distributed_at.data import digits
+from distributed_at.datasets import DATASETS
 from distributed_at.errors import ConfigError
 from distributed_at.models.statistics import ModelStatistics
 from distributed_at.plan_table import plan_table
-from distributed_at.planning import DATASETS, make_plan
+from distributed_at.planning import make_plan
 from distributed_at.recipes import list_recipes, load_recipe
 
 XIE = "imagenet/xie_yuille/base"
@@ -119,7 +120,7 @@ def test_attack_shares_trainings_tf32_and_nothing_else(precision: str, attack: s
 def test_digits_size_is_what_the_loader_gives():
     images, _, _ = digits.read_digits()
     sizes = tuple(len(digits.digits_ids(split, len(images))) for split in ("train", "test"))
-    assert sizes == DATASETS["digits"][:2]
+    assert sizes == (DATASETS["digits"].train, DATASETS["digits"].test)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from distributed_at.accelerators import attack_arithmetic
+from distributed_at.datasets import recorded_dataset
 from distributed_at.objectives import recorded_objective
 from distributed_at.observe.console import time_shares
 from distributed_at.observe.cost import format_seconds, gpu_hours, mfu, peak_rate, recipe_forward_flops, recipe_units
@@ -27,13 +28,6 @@ ENDS = {
     "early": ("good", "stopped early, as robust accuracy rose no more"),
     "stopped": ("note", "stopped; the same command goes on"),
 }
-DATASETS = {
-    "digits": "Digits 8×8",
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "svhn": "SVHN",
-    "imagenet": "ImageNet",
-}
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -42,7 +36,8 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     train, objective = record.section("train"), record.section("objective")
     found: list[tuple[str, str]] = []
     if data:
-        found.append(("Data", DATASETS.get(str(data.get("dataset")), str(data.get("dataset")))))
+        known = recorded_dataset(data)
+        found.append(("Data", known.title if known is not None else str(data.get("dataset"))))
     if model:
         arch = str(model.get("arch"))
         if arch == "wide_resnet":
