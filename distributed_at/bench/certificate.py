@@ -40,7 +40,7 @@ def check_certificate(path: Path, config: RunConfig, attack: AttackConfig) -> tu
         return "certificate_unreadable", f"{path} cannot be read ({error}); {_CURE}"
     if not isinstance(document, dict) or document.get("kind") != KIND or document.get("format") != FORMAT:
         return "certificate_unreadable", f"{path} is no {KIND} of format {FORMAT}; {_CURE}"
-    wanted = {**config.model.model_dump(mode="json"), "dataset": config.data.dataset}
+    wanted = {**json.loads(config.model.description), "dataset": config.data.dataset}
     found = {**document["model"], "dataset": document["dataset"]}
     if other := _differences(wanted, found, tuple(wanted)):
         return "certificate_of_another_network", f"{path} is of run {document['run']}, whose {other}"

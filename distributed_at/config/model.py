@@ -16,6 +16,9 @@ _FOREIGN = frozenset({"arch", "options", "pretrained", "norm", "groups", "sync_b
 
 _LAYOUT = frozenset({"blocks", "block", "depth", "widen", "dropout", "options", "pretrained"})  # of one network alone
 
+# Fields added since evaluations have hashes. A new field joins them, with a default that means what was done before.
+_LATER = ("options", "pretrained")
+
 
 class ModelConfig(Strict):
     """The network. Normalisation of pixels is part of it: it takes [0, 1]."""
@@ -104,6 +107,16 @@ class ModelConfig(Strict):
     def survives(field: str, arch: str) -> bool:
         """Whether a field that a recipe inherits still means something once it names another network, ``arch``."""
         return field not in _LAYOUT and (field in _FOREIGN or not is_foreign(arch))
+
+    @property
+    def description(self) -> str:
+        """The network as JSON, which the hashes of evaluations hold: what came later stands in it where it says something."""
+        silent = {
+            name
+            for name in _LATER
+            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True)
+        }
+        return self.model_dump_json(exclude=silent)
 
     @property
     def norm_facts(self) -> Norm:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from distributed_at.config import ModelConfig
 from distributed_at.data.sources import open_split
-from distributed_at.engine.runs.evaluate_run import RunEvaluation, evaluate_run
+from distributed_at.engine.runs.evaluate_run import RunEvaluation, evaluate_run, subject_of
 from distributed_at.engine.runs.evaluate_run import measure as measure_entries
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.weights import open_network
@@ -25,6 +26,7 @@ from distributed_at.observe.record import load_run
 from distributed_at.observe.tables import evaluation_rows
 from distributed_at.observe.verdicts import run_verdicts
 from distributed_at.observe.wandb import flatten
+from distributed_at.recipes import load_recipe
 from tests.integration.training import tiny, train
 
 FINAL = (
@@ -152,3 +154,24 @@ def test_training_in_tf32_is_validated_and_evaluated_in_float32(
         monkeypatch.setattr("distributed_at.engine.runs.evaluate_run.measure", spy("evaluation"))
         evaluate_run(folder)
     assert seen == {"training": {True}, "validation": {False}, "evaluation": {False}}
+
+
+def test_description_of_a_network_never_changes_by_itself() -> None:
+    """Hashes of evaluations hold it: a field that is added, or another default, would make every one of them anew."""
+    told = (
+        '{"arch":"resnet18","blocks":null,"block":null,"base_width":64,"depth":null,"widen":null,"stem":"imagenet",'
+        '"norm":"bn","groups":32,"bn_momentum":0.1,"bn_eps":0.00001,"sync_bn":false,"activation":"relu",'
+        '"softplus_beta":1.0,"leaky_slope":0.01,"celu_alpha":1.2,"zero_init_gamma":false,"init":"default",'
+        '"preact_shortcut":"activated","dropout":0.0,"pixel_mean":[0.0,0.0,0.0],"pixel_std":[1.0,1.0,1.0],'
+        '"activation_checkpointing":false}'
+    )
+    config = load_recipe(
+        "digits/adversarial.yaml", ["model={arch: resnet18, stem: imagenet, norm: bn, base_width: 64}"]
+    )
+    network = torch.nn.Linear(1, 1)
+    assert ModelConfig(arch="resnet18").description == told
+    assert json.loads(subject_of(network, config.config).description)["arch"] == "resnet18"
+    assert subject_of(network, config.config).description == config.config.model.description
+    other = ModelConfig(arch="torchvision:resnet18", options={"a": 1}, pretrained="w.pt")
+    assert json.loads(other.description)["options"] == {"a": 1}
+    assert json.loads(other.description)["pretrained"] == "w.pt"

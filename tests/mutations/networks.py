@@ -120,4 +120,11 @@ MUTATIONS = (
         "",
         _TRAINED + "test_what_cannot_be_built_is_told_in_one_line[torchvision:resnet1-Did you mean 'resnet18'\\\\?]",
     ),
+    Mutation(
+        "a field that is added to the network's section makes every evaluation anew",
+        "config/model.py",
+        "return self.model_dump_json(exclude=silent)",
+        "return self.model_dump_json()",
+        "tests/integration/test_evaluate_run.py::test_description_of_a_network_never_changes_by_itself",
+    ),
 )

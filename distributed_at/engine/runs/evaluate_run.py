@@ -52,7 +52,7 @@ class RunEvaluation:
 
 def subject_of(network: nn.Module, config: RunConfig) -> Subject:
     """Return a run's network as an evaluation sees it; the contents of plug-ins are part of what it is."""
-    description = config.model.model_dump_json()
+    description = config.model.description
     if config.plugins:
         content = {"model": json.loads(description), "plugins": sorted(plugin.sha256 for plugin in config.plugins)}
         description = json.dumps(content, sort_keys=True)
