@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from distributed_at.models.statistics import ModelStatistics
 
 _FLOAT = 4  # bytes
-_OPTIMIZER_STATES = {"sgd": 1, "rmsprop": 2, "adam": 2, "adamw": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +229,7 @@ def estimate_memory(config: RunConfig, batch: BatchPlan, statistics: ModelStatis
     """Estimate the bytes on one GPU: weights, gradients, optimiser, then the larger of attack and training pass."""
     weights = statistics.parameters * _FLOAT
     sharded = batch.world_size if config.parallel.zero_stage >= 1 else 1
-    optimizer = _optimizer_states(config) * weights // sharded
+    optimizer = config.optimizer.facts.states_of(config.optimizer.momentum) * weights // sharded
     if config.parallel.zero_stage >= 1 and batch.world_size > 1:
         optimizer += weights // sharded  # DeepSpeed's own fp32 partition of the weights
     states = 2 * weights + optimizer + statistics.buffers * _FLOAT
@@ -247,15 +246,9 @@ def estimate_memory(config: RunConfig, batch: BatchPlan, statistics: ModelStatis
 
 def checkpoint_bytes(config: RunConfig, statistics: ModelStatistics) -> int:
     """Return the bytes of tensors in one checkpoint: weights, optimiser, statistics, averaged weights, other networks."""
-    copies = 1 + _optimizer_states(config) + (1 if config.train.ema else 0)
+    copies = 1 + config.optimizer.facts.states_of(config.optimizer.momentum) + (1 if config.train.ema else 0)
     others = len(OBJECTIVES[config.objective.name].needs(config.objective).networks)
     return (statistics.parameters * (copies + others) + statistics.buffers * (1 + others)) * _FLOAT
-
-
-def _optimizer_states(config: RunConfig) -> int:
-    if config.optimizer.name == "sgd" and config.optimizer.momentum == 0:
-        return 0
-    return _OPTIMIZER_STATES[config.optimizer.name]
 
 
 def _images(num_steps: int, per_epoch: int, num_train: int, batch_size: int, *, drop_last: bool) -> int:

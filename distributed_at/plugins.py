@@ -28,6 +28,8 @@ REGISTRIES = {
     "EVALUATION_KINDS": "distributed_at.evaluation.kinds:KINDS",
     "NETWORKS": "distributed_at.networks:NETWORKS",
     "DATASETS": "distributed_at.datasets:DATASETS",
+    "OPTIMIZERS": "distributed_at.optimizers:OPTIMIZERS",
+    "SCHEDULES": "distributed_at.rates:SCHEDULES",
     "NORMS": "distributed_at.norms:NORMS",
 }
 

@@ -14,7 +14,6 @@ from distributed_at.norms import NORMS, Norm
 # what a network that is not ours may be given; its layout, activations and initial weights are its own
 _FOREIGN = frozenset({"arch", "options", "pretrained", "norm", "groups", "sync_bn", "pixel_mean", "pixel_std"})
 
-_LAYOUT = frozenset({"blocks", "block", "depth", "widen", "dropout", "options", "pretrained"})  # of one network alone
 
 # Fields added since evaluations have hashes. A new field joins them, with a default that means what was done before.
 _LATER = ("options", "pretrained")
@@ -106,7 +105,16 @@ class ModelConfig(Strict):
     @staticmethod
     def survives(field: str, arch: str) -> bool:
         """Whether a field that a recipe inherits still means something once it names another network, ``arch``."""
-        return field not in _LAYOUT and (field in _FOREIGN or not is_foreign(arch))
+        if field in ("options", "pretrained"):  # of one network alone
+            return False
+        if is_foreign(arch):
+            return field in _FOREIGN
+        if arch == "wide_resnet":
+            return field not in ("blocks", "block")
+        given = LAYOUTS[arch].blocks is None  # the recipe says it: then it may come from a recipe of another family
+        return field not in (
+            ("depth", "widen", "dropout") if given else ("blocks", "block", "depth", "widen", "dropout")
+        )
 
     @property
     def description(self) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from distributed_at.config.base import Branch, Strict
+from distributed_at.config.choice import Choice
+from distributed_at.optimizers import OPTIMIZERS, Optimizer
+from distributed_at.rates import SCHEDULES, Schedule
+from distributed_at.registry import Registry
 
 
 class OptimizerConfig(Strict):
     """The weights' optimiser."""
 
-    name: Literal["sgd", "rmsprop", "adam", "adamw"] = "sgd"
+    name: Annotated[str, Choice(OPTIMIZERS)] = "sgd"
+    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of a plug-in's optimiser")
     lr: float = Field(gt=0)
     lr_per: int | None = Field(
         default=None,
@@ -32,17 +37,26 @@ class OptimizerConfig(Strict):
 
     @model_validator(mode="after")
     def _nesterov(self) -> OptimizerConfig:
-        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
-            raise ValueError("nesterov needs optimizer.name: sgd and momentum > 0")
-        if self.backend == "apex" and self.name != "sgd":
-            raise ValueError(f"backend apex offers sgd, got {self.name}")
+        if self.nesterov and (not self.facts.nesterov or self.momentum == 0):
+            having = ", ".join(name for name in OPTIMIZERS if OPTIMIZERS[name].nesterov)
+            raise ValueError(f"nesterov needs optimizer.name: {having} and momentum > 0")
+        if self.backend not in self.facts.backends:
+            having = ", ".join(name for name in OPTIMIZERS if self.backend in OPTIMIZERS[name].backends)
+            raise ValueError(f"backend {self.backend} offers {having}, got {self.name}")
+        _no_options(self.name, self.options, OPTIMIZERS)
         return self
+
+    @property
+    def facts(self) -> Optimizer:
+        """What the optimiser is."""
+        return OPTIMIZERS[self.name]
 
 
 class ScheduleConfig(Strict):
     """Learning rate against epochs, evaluated at every iteration. Times are in epochs and may be fractions."""
 
-    name: Literal["constant", "piecewise", "cosine", "cyclic", "exponential"] = "constant"
+    name: Annotated[str, Choice(SCHEDULES)] = "constant"
+    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of a plug-in's schedule")
     milestones: tuple[float, ...] = Field(
         default=(), description="epochs after which the rate is multiplied by factor (piecewise)"
     )
@@ -64,11 +78,23 @@ class ScheduleConfig(Strict):
     def _milestones(self) -> ScheduleConfig:
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones must rise, got {list(self.milestones)}")
-        if self.name == "piecewise" and not self.milestones:
-            raise ValueError("schedule 'piecewise' needs milestones, e.g. milestones: [100, 105]")
-        if self.name != "piecewise" and self.milestones:
-            raise ValueError(f"milestones belong to schedule 'piecewise'; this schedule is '{self.name}'")
+        if self.facts.milestones and not self.milestones:
+            raise ValueError(f"schedule '{self.name}' needs milestones, e.g. milestones: [100, 105]")
+        if not self.facts.milestones and self.milestones:
+            having = " or ".join(f"'{name}'" for name in SCHEDULES if SCHEDULES[name].milestones)
+            raise ValueError(f"milestones belong to schedule {having}; this schedule is '{self.name}'")
+        _no_options(self.name, self.options, SCHEDULES)
         return self
+
+    @property
+    def facts(self) -> Schedule:
+        """What the schedule is."""
+        return SCHEDULES[self.name]
+
+
+def _no_options(name: str, options: dict[str, Any], registry: Registry[Any]) -> None:
+    if options and registry.origin(name) is None:
+        raise ValueError(f"options belong to a plug-in's {registry.kind}; '{name}' has fields of its own")
 
 
 class EmaConfig(Strict):

@@ -11,6 +11,8 @@ from torch import nn
 from distributed_at.config import OptimizerConfig
 from distributed_at.errors import ConfigError
 from distributed_at.models import weight_decay_groups
+from distributed_at.optimizers import OPTIMIZERS
+from distributed_at.user_code import told_by_line
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module, *, lr: float) -> torch.optim.Optimizer:
@@ -29,14 +31,29 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, *, lr: float) -> 
         raise ConfigError(
             "optimizer: no parameter is trainable under this recipe (train.bn_only with a net without BN?)"
         )
-    if config.name == "sgd":
-        if config.backend == "apex":
-            return _apex_sgd(groups, config, lr)
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
-    if config.name == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=lr, alpha=config.rmsprop_decay, momentum=config.momentum, eps=config.eps)
-    if config.name == "adam":
-        return torch.optim.Adam(groups, lr=lr, eps=config.eps)
+    with told_by_line(OPTIMIZERS.origin(config.name) or __file__):
+        return config.facts.builder()(groups, config, lr)
+
+
+def build_sgd(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """Return SGD with momentum, of torch or of apex."""
+    if config.backend == "apex":
+        return _apex_sgd(groups, config, lr)
+    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def build_rmsprop(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """Return RMSprop."""
+    return torch.optim.RMSprop(groups, lr=lr, alpha=config.rmsprop_decay, momentum=config.momentum, eps=config.eps)
+
+
+def build_adam(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """Return Adam."""
+    return torch.optim.Adam(groups, lr=lr, eps=config.eps)
+
+
+def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """Return AdamW."""
     return torch.optim.AdamW(groups, lr=lr, eps=config.eps)
 
 

@@ -34,17 +34,31 @@ def learning_rate(
             return base_lr * _overshoot(step, steps_per_epoch, schedule.warmup_epochs)
         start = schedule.warmup_start or 0.0
         return start + (base_lr - start) * step / (schedule.warmup_epochs * steps_per_epoch)
-    if schedule.name == "constant":
-        return base_lr
-    if schedule.name == "piecewise":
-        return base_lr * schedule.factor ** _drops(step, schedule, steps_per_epoch)
-    if schedule.name == "exponential":
-        return base_lr * schedule.factor ** math.floor(step / (schedule.decay_every * steps_per_epoch) + _TOLERANCE)
-    if schedule.name == "cosine":
-        first = schedule.warmup_epochs * steps_per_epoch
-        progress = min(1.0, (step - first) / max(1.0, num_steps - first))
-        return schedule.final_lr + (base_lr - schedule.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return _cyclic(step, schedule, base_lr, steps_per_epoch, num_steps)
+    return schedule.facts.formula()(
+        step, schedule=schedule, base_lr=base_lr, steps_per_epoch=steps_per_epoch, num_steps=num_steps
+    )
+
+
+def constant(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
+    """Return the one rate."""
+    return base_lr
+
+
+def piecewise(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
+    """Return the rate, multiplied by ``factor`` at each milestone."""
+    return base_lr * schedule.factor ** _drops(step, schedule, steps_per_epoch)
+
+
+def exponential(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
+    """Return the rate, multiplied by ``factor`` every ``decay_every`` epochs."""
+    return base_lr * schedule.factor ** math.floor(step / (schedule.decay_every * steps_per_epoch) + _TOLERANCE)
+
+
+def cosine(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
+    """Return the rate on half a cosine from the end of warm-up down to ``final_lr``."""
+    first = schedule.warmup_epochs * steps_per_epoch
+    progress = min(1.0, (step - first) / max(1.0, num_steps - first))
+    return schedule.final_lr + (base_lr - schedule.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def _drops(step: int, schedule: ScheduleConfig, steps_per_epoch: int) -> int:
@@ -67,7 +81,7 @@ def _overshoot(step: int, steps_per_epoch: int, epochs: float) -> float:
     return ((step + 1) / steps_per_epoch + 1.0) / epochs
 
 
-def _cyclic(step: int, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
+def cyclic(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
     """One triangle from ``final_lr`` up to the rate and back (Wong et al. 2020: 0 -> 0.2 -> 0)."""
     peak = num_steps / 2 if schedule.peak_epoch is None else schedule.peak_epoch * steps_per_epoch
     height = step / peak if step < peak else (num_steps - step) / max(1.0, num_steps - peak)
@@ -141,6 +155,6 @@ class Schedules:
         for milestone in self.schedule.milestones:
             first = math.ceil(milestone * self.steps_per_epoch - _TOLERANCE)
             steps |= {first - 2, first - 1, first}
-        if self.schedule.name in ("cosine", "exponential", "cyclic"):
+        if self.schedule.facts.changes_throughout:
             steps |= {round(self.num_steps * share) for share in (0.25, 0.5, 0.75)}
         return sorted(s for s in steps if 0 <= s < self.num_steps)

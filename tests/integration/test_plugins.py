@@ -17,9 +17,11 @@ from distributed_at.engine.runs.evaluate_run import evaluate_run
 from distributed_at.errors import ConfigError
 from distributed_at.networks import NETWORKS
 from distributed_at.objectives import OBJECTIVES
+from distributed_at.optimizers import OPTIMIZERS
 from distributed_at.planning import make_plan
+from distributed_at.rates import SCHEDULES
 from distributed_at.recipes import load_recipe
-from tests.integration.training import TINY, cut_back, same_bits, tensors, train
+from tests.integration.training import TINY, built, cut_back, same_bits, tensors, train
 
 MART = Path(__file__).parents[1] / "plugins" / "mart.py"
 SMALL = [text for text in TINY if not text.startswith("objective=")]
@@ -139,3 +141,33 @@ def test_example_of_the_docs_trains_as_it_is_printed(tmp_path: Path) -> None:
     finally:
         OBJECTIVES.remove("mine")
         NETWORKS.remove("small")
+
+
+@pytest.fixture
+def training_plugin():
+    yield Path(__file__).parents[1] / "plugins" / "training.py"
+    for registry, name in ((OPTIMIZERS, "radam"), (SCHEDULES, "line")):
+        if name in registry:
+            registry.remove(name)
+
+
+def test_a_plugins_optimiser_and_schedule_train_and_resume_bitwise(training_plugin: Path, tmp_path: Path) -> None:
+    words = [word for word in TINY if not word.startswith(("optimizer=", "schedule="))]
+    words += [
+        "optimizer={name: radam, lr: 0.01, nesterov: false, options: {betas: [0.8, 0.9]}}",
+        f"plugins=[{training_plugin}]",
+    ]
+    words += ["schedule={name: line, warmup_epochs: 0, options: {end: 0.2}}", "log.every_steps=1"]
+    config = load_recipe("digits/adversarial.yaml", words).config
+    whole = train(config, tmp_path / "whole")
+    again = train(config, cut_back(whole, tmp_path / "again", 8))
+    assert all(same_bits(t, tensors(again, 16)[name]) for name, t in tensors(whole, 16).items())
+    rows = [json.loads(row) for row in (whole / "events.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if row["event"] == "train"]
+    assert rates == pytest.approx([0.01 * (1 - 0.8 * step / 16) for step in range(16)])
+    group = built(config).engine.optimizer.param_groups[0]
+    assert tuple(group["betas"]) == (0.8, 0.9)
+    with pytest.raises(ConfigError, match="options belong to a plug-in's optimiser; 'sgd' has fields of its own"):
+        load_recipe("digits/adversarial.yaml", [*TINY, "optimizer.options={betas: [0.8, 0.9]}"])
+    with pytest.raises(ConfigError, match=r"nesterov needs optimizer\.name: sgd"):
+        load_recipe("digits/adversarial.yaml", [*words, "optimizer.nesterov=true"])

@@ -11,25 +11,25 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 
 from distributed_at.batch import Batch
-from distributed_at.config import OptimizerConfig, ScheduleConfig
 from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from distributed_at.norms import NORMS as NORM_REGISTRY
 from distributed_at.objectives import OBJECTIVES, Forward, ObjectiveContext, Terms
 from distributed_at.objectives.pgd_at import PgdAt
+from distributed_at.optimizers import OPTIMIZERS as OPTIMIZER_REGISTRY
+from distributed_at.rates import SCHEDULES as SCHEDULE_REGISTRY
 from distributed_at.recipes import load_recipe
 from tests.conformance.objectives import settings_of
 from tests.training_kit import RECIPE, TINY, state_digest, train, training_rows
 
 STOP_AT = 4  # of 9 steps, 3 an epoch: the second step of the second epoch is never begun
 NORMS = tuple(sorted(NORM_REGISTRY.builtin))
-OPTIMIZERS = get_args(OptimizerConfig.model_fields["name"].annotation)
-SCHEDULES = get_args(ScheduleConfig.model_fields["name"].annotation)
+OPTIMIZERS, SCHEDULES = OPTIMIZER_REGISTRY.builtin, SCHEDULE_REGISTRY.builtin
 
 # What an entry of a registry needs beside its name; most need nothing.
 SCHEDULE_NEEDS = {"piecewise": ["schedule.milestones=[1.4,2]"], "exponential": ["schedule.decay_every=0.5"]}

@@ -22,8 +22,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "cosine begins before warm-up",
         "engine/schedules.py",
-        "first = schedule.warmup_epochs * steps_per_epoch\n        progress",
-        "first = 0.0\n        progress",
+        "first = schedule.warmup_epochs * steps_per_epoch\n    progress",
+        "first = 0.0\n    progress",
         _RUN + "[pgd_at-1x1]",
     ),
     Mutation(
@@ -120,8 +120,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "sgd forgets nesterov",
         "engine/optimizers.py",
-        'nesterov=config.nesterov)\n    if config.name == "rmsprop"',
-        'nesterov=False)\n    if config.name == "rmsprop"',
+        "return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)",
+        "return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=False)",
         _RUN + "[intriguing-properties-1x1]",
     ),
     Mutation(

@@ -27,6 +27,8 @@ EXCUSED = {
     "attack.precision_certificate": "of 16 bits",
     "attack.compile": "a form of the same iteration, compared with the plain one in test_compiled_attack",
     "attack.cuda_graph": "a form of the same iteration, which needs a GPU",
+    "optimizer.options": "of plug-ins, which bring their own",
+    "schedule.options": "of plug-ins, which bring their own",
     "train.precision": "float64 shows formulas",
     "train.deterministic": "chooses kernels",
     "train.select": "chooses among checkpoints",

@@ -7,6 +7,7 @@ import torch
 
 from distributed_at.engine.checkpoint import tools
 from distributed_at.engine.checkpoint.manager import CheckpointManager
+from distributed_at.engine.checkpoint.state import state_keys
 from distributed_at.errors import CheckpointError, ConfigError
 
 
@@ -80,3 +81,16 @@ def test_missing_and_unknown_things_are_named(run, tmp_path):
     (tmp_path / "x.bin").write_text("")
     with pytest.raises(ConfigError, match="end in"):
         tools.read_weights(tmp_path / "x.bin")
+
+
+def test_an_optimiser_that_is_not_known_is_asked_by_a_step_on_zeros_and_refused_where_it_does_not_begin_so() -> None:
+    weight = torch.zeros(3, requires_grad=True)
+
+    def keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+        return state_keys(optimizer, optimizer.param_groups[0], [{}])
+
+    assert keys(torch.optim.RAdam([weight])) == ("exp_avg", "exp_avg_sq", "step")
+    assert keys(torch.optim.Adagrad([weight])) == ("step", "sum")
+    for other in (torch.optim.NAdam([weight]), torch.optim.Rprop([weight])):  # begin with a one; with step sizes
+        with pytest.raises(CheckpointError, match="not zero before its first step"):
+            keys(other)

@@ -365,3 +365,18 @@ def test_wide_resnet_drops_between_its_convolutions() -> None:
     with drawing(model, Draw(torch.tensor([1, 2]), 0, 0)):
         assert torch.equal(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("arch", "dropped"),
+    [
+        ("resnet18", {"blocks", "block"}),  # has its own
+        ("wide_resnet", {"blocks", "block"}),
+        ("resnet", set()),  # of another family of ours, the recipe says them too
+        ("torchvision:resnet18", {"blocks", "block", "base_width", "stem", "activation"}),
+    ],
+)
+def test_a_recipe_that_names_another_network_inherits_what_that_one_can_have(arch: str, dropped: set[str]) -> None:
+    fields = ("blocks", "block", "base_width", "stem", "activation", "norm", "pixel_mean", "groups")
+    assert {name for name in fields if not ModelConfig.survives(name, arch)} == dropped
+    assert not ModelConfig.survives("pretrained", arch)

@@ -129,7 +129,7 @@ def zero_optimizer(engine: Any) -> Any | None:
     return optimizer
 
 
-def _state_keys(
+def state_keys(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], states: list[dict[str, Any]]
 ) -> tuple[str, ...]:
     """Keys of the optimiser's state for one parameter group: from its class, or from the state that it already has."""
@@ -142,12 +142,33 @@ def _state_keys(
                 )
             return tuple(_ZERO_START[cls.__name__](group))
     live = [tuple(sorted(k for k, v in s.items() if v is not None)) for s in states]
-    if not live or any(keys != live[0] for keys in live) or not live[0]:
+    if live and live[0] and all(keys == live[0] for keys in live):
+        return live[0]
+    found = _keys_of_a_first_step(optimizer, group)
+    if found is None:
         raise CheckpointError(
-            f"optimizer {type(optimizer).__name__} has no state that can be named before its first step; known ones: "
-            f"{', '.join(sorted(_ZERO_START))}.{did_you_mean(type(optimizer).__name__, _ZERO_START)}"
+            f"optimizer {type(optimizer).__name__} keeps something that is not zero before its first step, so a run could "
+            f"not be resumed exactly; known ones: {', '.join(sorted(_ZERO_START))}."
+            f"{did_you_mean(type(optimizer).__name__, _ZERO_START)}"
         )
-    return live[0]
+    return found
+
+
+def _keys_of_a_first_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...] | None:
+    """Ask an optimiser that is not known here what it keeps, by a step of its own class on zeros; None = not only zeros."""
+    weight = torch.zeros(2, requires_grad=True)
+    weight.grad = torch.zeros(2)
+    try:
+        another = type(optimizer)([weight], **{key: group[key] for key in optimizer.defaults if key in group})
+        another.step()
+    except Exception:  # whatever a user's class does not allow
+        return None
+    kept = {key: value for key, value in another.state[weight].items() if value is not None}
+    zeros = all(
+        key == "step" or (isinstance(value, torch.Tensor) and value.shape == weight.shape and not value.any())
+        for key, value in kept.items()
+    )
+    return tuple(sorted(kept)) if zeros else None
 
 
 def _materialise(
@@ -172,7 +193,7 @@ def _plain_tensors(engine: Any, covered: set[str]) -> Iterator[tuple[str, FlatSh
     optimizer = engine.optimizer
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     for group in optimizer.param_groups:
-        keys = _state_keys(optimizer, group, [optimizer.state[p] for p in group["params"]])
+        keys = state_keys(optimizer, group, [optimizer.state[p] for p in group["params"]])
         for parameter in group["params"]:
             name = names.get(parameter)
             if name is None:
@@ -192,7 +213,7 @@ def _zero_tensors(engine: Any, zero: Any, covered: set[str]) -> Iterator[tuple[s
     inner: torch.optim.Optimizer = zero.optimizer
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     for index, flat in enumerate(zero.single_partition_of_fp32_groups):
-        keys = _state_keys(inner, inner.param_groups[index], [inner.state[flat]])
+        keys = state_keys(inner, inner.param_groups[index], [inner.state[flat]])
         state = _materialise(inner, flat, keys)
         vectors = {k: v for k, v in state.items() if v.shape == flat.shape}
         scalars = {k: v for k, v in state.items() if v.ndim == 0}

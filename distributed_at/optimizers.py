@@ -1,0 +1,69 @@
+"""The optimisers that a recipe can name: their facts, one entry each. What builds them is in ``engine/optimizers.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distributed_at.registry import Registry, load_attribute
+
+if TYPE_CHECKING:
+    import torch
+
+    from distributed_at.config import OptimizerConfig
+
+# (parameter groups, each with its weight decay; config; lr) -> the optimiser
+Build = Callable[[list[dict[str, Any]], "OptimizerConfig", float], "torch.optim.Optimizer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What the rest of the package asks about an optimiser.
+
+    Attributes:
+        title: for pages and messages.
+        build: (groups, config, lr) -> ``torch.optim.Optimizer``, or "module:function". What a plug-in's takes beyond
+            the common fields stands in ``optimizer.options``.
+        states: numbers that it keeps for each weight, for the estimates of ``plan``.
+        states_without_momentum: the same where ``optimizer.momentum`` is 0; None = as many.
+        nesterov: whether it has Nesterov's form.
+        backends: implementations that a recipe may choose.
+    """
+
+    title: str
+    build: str | Build
+    states: int
+    states_without_momentum: int | None = None
+    nesterov: bool = False
+    backends: tuple[str, ...] = ("torch",)
+
+    def builder(self) -> Build:
+        """Return what builds it."""
+        found: Build = load_attribute(self.build) if isinstance(self.build, str) else self.build
+        return found
+
+    def states_of(self, momentum: float) -> int:
+        """Return the numbers kept for each weight at this momentum."""
+        fewer = self.states_without_momentum
+        return self.states if momentum or fewer is None else fewer
+
+
+_BUILD = "distributed_at.engine.optimizers"
+OPTIMIZERS: Registry[Optimizer] = Registry(
+    "optimiser",
+    field="optimizer.name",
+    builtin={
+        "sgd": Optimizer(
+            title="SGD with momentum",
+            build=f"{_BUILD}:build_sgd",
+            states=1,
+            states_without_momentum=0,
+            nesterov=True,
+            backends=("torch", "apex"),
+        ),
+        "rmsprop": Optimizer(title="RMSprop with momentum", build=f"{_BUILD}:build_rmsprop", states=2),
+        "adam": Optimizer(title="Adam, weight decay in the gradient", build=f"{_BUILD}:build_adam", states=2),
+        "adamw": Optimizer(title="Adam, weight decay apart", build=f"{_BUILD}:build_adamw", states=2),
+    },
+)
