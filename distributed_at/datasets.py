@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from distributed_at.registry import Registry, load_attribute
 
-if TYPE_CHECKING:
-    from distributed_at.data.source import ImageSource
-
-# (config, split, *, seed, warn, progress, device_index) -> the split
-Opener = Callable[..., "ImageSource"]
+# (config, split, *, seed, warn, progress, device_index) -> the split, an ``ImageSource``
+Opener = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)

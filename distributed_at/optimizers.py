@@ -11,10 +11,8 @@ from distributed_at.registry import Registry, load_attribute
 if TYPE_CHECKING:
     import torch
 
-    from distributed_at.config import OptimizerConfig
-
-# (parameter groups, each with its weight decay; config; lr) -> the optimiser
-Build = Callable[[list[dict[str, Any]], "OptimizerConfig", float], "torch.optim.Optimizer"]
+# (parameter groups, each with its weight decay; the recipe's optimizer section; lr) -> the optimiser
+Build = Callable[[list[dict[str, Any]], Any, float], "torch.optim.Optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)

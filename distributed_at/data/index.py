@@ -14,17 +14,14 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distributed_at.data.inspection import Inspection, inspect_file
 from distributed_at.data.locks import folder_lock
 from distributed_at.data.machine import decoder_threads
+from distributed_at.data.shard_table import ShardTable
 from distributed_at.errors import DataError
-
-if TYPE_CHECKING:
-    from distributed_at.data.shards import ShardTable
 
 INDEX_NAME = ".distributed_at_index.npz"
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})

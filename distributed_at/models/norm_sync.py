@@ -6,16 +6,28 @@ pass. Ranks may hold different numbers of samples, also none, but each must take
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from distributed_at.models.norm import BatchNorm
-
 PER_CHANNEL = (0, 2, 3)
+
+
+class _Layer(Protocol):
+    """What is read of a batch norm layer, and written into its running statistics."""
+
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    eps: float
+    momentum: float
+    process_group: dist.ProcessGroup | None
+
+    @property
+    def updates(self) -> bool: ...
 
 
 class _Assign(torch.autograd.Function):
@@ -125,6 +137,6 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-def synchronised_batch_norm(x: torch.Tensor, layer: BatchNorm) -> torch.Tensor:
+def synchronised_batch_norm(x: torch.Tensor, layer: _Layer) -> torch.Tensor:
     """Return x (N, C, H, W) normalised by the batch statistics of all ranks of ``layer.process_group``."""
     return _SynchronisedBatchNorm.apply(x, layer.weight, layer.bias, layer)[0]
