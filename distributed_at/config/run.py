@@ -85,6 +85,11 @@ class RunConfig(Strict):
             )
         if self.attack is not None and self.attack.branch == "clean" and not self.model.norm_facts.branches:
             raise ValueError(f"attack.branch 'clean' exists for model.norm {_named(_with_branches())} alone")
+        if self.train.freeze_bn_from_epoch is not None and self.attack is not None and self.attack.bn_mode == "train":
+            raise ValueError(
+                "attack.bn_mode 'train' lets every attack move the running statistics, which train.freeze_bn_from_epoch "
+                "freezes: use attack.bn_mode 'eval' or 'batch'"
+            )
         finetunes = self.train.freeze_bn_from_epoch is not None or self.train.bn_only
         if finetunes and not self.model.norm_facts.running_statistics:
             raise ValueError(

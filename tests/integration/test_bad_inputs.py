@@ -72,6 +72,11 @@ CASES = {
     "out of range": (lambda f: [*DIGITS, "optimizer.momentum=1.5"], 2, ["optimizer.momentum", "1.5", "less than 1"]),
     "unknown choice": (lambda f: [*DIGITS, "model.norm=batch"], 2, ["model.norm", "batch", "bn"]),
     "eps in wrong units": (lambda f: [*DIGITS, "attack.eps=0.2"], 2, ["eps", "/255", "51"]),
+    "frozen statistics that attacks move": (
+        lambda f: [*DIGITS, "train.freeze_bn_from_epoch=2", "attack.bn_mode=train"],
+        2,
+        ["attack.bn_mode 'train'", "train.freeze_bn_from_epoch", "use attack.bn_mode 'eval' or 'batch'"],
+    ),
     "dropout": (lambda f: [*DIGITS, "model.dropout=0.3"], 2, ["dropout belongs to arch 'wide_resnet'", "got 0.3"]),
     "milestone past the end": (
         lambda f: [*DIGITS, "schedule.name=piecewise", "schedule.milestones=[40]"], 2, ["milestones", "40", "30"],
