@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from distributed_at.bench.certificate import check_certificate
+from distributed_at.catalogue.networks import is_foreign
 from distributed_at.config import AttackConfig, RunConfig
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.evaluation.kinds import KINDS
-from distributed_at.networks import is_foreign
 from distributed_at.objectives import OBJECTIVES
 
 # Below this a ResNet's attack step is bound by kernel launches rather than by the GPU.

@@ -26,11 +26,11 @@ FOLDER = "plugins"  # of a run folder: the files as they were when the run began
 REGISTRIES = {
     "OBJECTIVES": "distributed_at.objectives:OBJECTIVES",
     "EVALUATION_KINDS": "distributed_at.evaluation.kinds:KINDS",
-    "NETWORKS": "distributed_at.networks:NETWORKS",
-    "DATASETS": "distributed_at.datasets:DATASETS",
-    "OPTIMIZERS": "distributed_at.optimizers:OPTIMIZERS",
-    "SCHEDULES": "distributed_at.rates:SCHEDULES",
-    "NORMS": "distributed_at.norms:NORMS",
+    "NETWORKS": "distributed_at.catalogue.networks:NETWORKS",
+    "DATASETS": "distributed_at.catalogue.datasets:DATASETS",
+    "OPTIMIZERS": "distributed_at.catalogue.optimizers:OPTIMIZERS",
+    "SCHEDULES": "distributed_at.catalogue.schedules:SCHEDULES",
+    "NORMS": "distributed_at.catalogue.norms:NORMS",
 }
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from distributed_at.catalogue.networks import file_of
 from distributed_at.config import ModelConfig, PaperConfig, RunConfig
 from distributed_at.errors import ConfigError, did_you_mean
-from distributed_at.networks import file_of
 from distributed_at.plugins import load_installed, load_plugin
 from distributed_at.recipe_errors import chosen_sections, config_error, unknown_name
 from distributed_at.recipe_nodes import (

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distributed_at.catalogue.norms import recorded_norm
 from distributed_at.commands.common import add_json, find_run, print_json, say
 from distributed_at.errors import ConfigError, DataError, UserError
-from distributed_at.norms import recorded_norm
 
 if TYPE_CHECKING:
     from distributed_at.observe.figures import Drawn

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from distributed_at.catalogue.datasets import DATASETS, Dataset
 from distributed_at.config.base import Strict
 from distributed_at.config.choice import Choice
-from distributed_at.datasets import DATASETS, Dataset
 
 
 class AugmentConfig(Strict):

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from distributed_at.catalogue.networks import LAYOUTS, NETWORKS, is_foreign
+from distributed_at.catalogue.norms import NORMS, Norm
 from distributed_at.config.base import Activation, Strict
 from distributed_at.config.choice import Choice
-from distributed_at.networks import LAYOUTS, NETWORKS, is_foreign
-from distributed_at.norms import NORMS, Norm
 
 # what a network that is not ours may be given; its layout, activations and initial weights are its own
 _FOREIGN = frozenset({"arch", "options", "pretrained", "norm", "groups", "sync_bn", "pixel_mean", "pixel_std"})

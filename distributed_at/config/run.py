@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from distributed_at.catalogue.norms import NORMS
 from distributed_at.config.attack import REFERENCE_LOSSES, AttackConfig
 from distributed_at.config.base import PaperConfig, Strict
 from distributed_at.config.choice import Section
@@ -20,7 +21,6 @@ from distributed_at.config.training import (
     ScheduleConfig,
     TrainConfig,
 )
-from distributed_at.norms import NORMS
 from distributed_at.objectives import OBJECTIVES
 
 

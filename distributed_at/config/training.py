@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from distributed_at.catalogue.optimizers import OPTIMIZERS, Optimizer
+from distributed_at.catalogue.schedules import SCHEDULES, Schedule
 from distributed_at.config.base import Branch, Strict
 from distributed_at.config.choice import Choice
-from distributed_at.optimizers import OPTIMIZERS, Optimizer
-from distributed_at.rates import SCHEDULES, Schedule
 from distributed_at.registry import Registry
 
 

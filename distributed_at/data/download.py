@@ -6,8 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from distributed_at.catalogue.datasets import DATASETS
 from distributed_at.data.locks import folder_lock
-from distributed_at.datasets import DATASETS
 from distributed_at.errors import DataError
 from distributed_at.registry import load_attribute
 

@@ -21,8 +21,8 @@ from distributed_at.config import DataConfig
 from distributed_at.errors import DataError
 
 if TYPE_CHECKING:
+    from distributed_at.catalogue.datasets import Opener
     from distributed_at.data.source import ArraySource
-    from distributed_at.datasets import Opener
 
 # (folder or None, 'train' or 'test') -> the data set
 Build = Callable[[Path | None, Literal["train", "test"]], Sequence[tuple[Any, int]]]

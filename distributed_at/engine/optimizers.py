@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from distributed_at.catalogue.optimizers import OPTIMIZERS
 from distributed_at.config import OptimizerConfig
 from distributed_at.errors import ConfigError
 from distributed_at.models import weight_decay_groups
-from distributed_at.optimizers import OPTIMIZERS
 from distributed_at.user_code import told_by_line
 
 

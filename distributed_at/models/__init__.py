@@ -3,6 +3,7 @@
 Usable alone: ``build_model(ModelConfig(arch="resnet50"), num_classes=1000)(x)``.
 """
 
+from distributed_at.catalogue.networks import LAYOUTS
 from distributed_at.models.branches import BRANCHES, on_branch, set_branch
 from distributed_at.models.norm import (
     BatchNorm,
@@ -17,7 +18,6 @@ from distributed_at.models.norm import (
 from distributed_at.models.parameters import load_torchvision_state_dict, weight_decay_groups
 from distributed_at.models.registry import build_model
 from distributed_at.models.statistics import ModelStatistics, measure
-from distributed_at.networks import LAYOUTS
 
 __all__ = [
     "BRANCHES",

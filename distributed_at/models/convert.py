@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distributed_at.catalogue.norms import NORMS
 from distributed_at.errors import ConfigError
 from distributed_at.models.dropout import CounterDropout
 from distributed_at.models.norm import BatchNorm, GroupNorm, MixtureBatchNorm
-from distributed_at.norms import NORMS
 
 _AFTER = ("drop", "act")  # what timm's norm layers run behind themselves
 

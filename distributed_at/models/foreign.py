@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from distributed_at.catalogue.networks import NETWORKS, library_of
 from distributed_at.config import ModelConfig
 from distributed_at.errors import ConfigError, did_you_mean
 from distributed_at.models.base import Network
 from distributed_at.models.convert import convert_batch_norms, convert_dropout
-from distributed_at.networks import NETWORKS, library_of
 from distributed_at.user_code import told_by_line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from distributed_at.catalogue.networks import LAYOUTS, Layout, is_foreign
 from distributed_at.config import ModelConfig
 from distributed_at.errors import ConfigError, did_you_mean
 from distributed_at.models.foreign import build_foreign
@@ -11,7 +12,6 @@ from distributed_at.models.initialise import initialise
 from distributed_at.models.preact_resnet import PreActResNet
 from distributed_at.models.resnet import ResNet
 from distributed_at.models.wide_resnet import WideResNet
-from distributed_at.networks import LAYOUTS, Layout, is_foreign
 
 
 def resolve_layout(config: ModelConfig) -> Layout:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distributed_at.datasets import recorded_dataset
+from distributed_at.catalogue.datasets import recorded_dataset
 from distributed_at.objectives import OBJECTIVES, Objective, recorded_objective
 
 if TYPE_CHECKING:

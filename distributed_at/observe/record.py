@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from distributed_at.datasets import recorded_dataset
+from distributed_at.catalogue.datasets import recorded_dataset
 from distributed_at.errors import ConfigError, DataError
 from distributed_at.evaluation.kinds import KINDS
 from distributed_at.evaluation.protocol import Protocol

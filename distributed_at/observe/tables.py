@@ -21,8 +21,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from distributed_at.catalogue.norms import recorded_norm
 from distributed_at.evaluation import KINDS, EvaluationResult, Ledger, worst_cases
-from distributed_at.norms import recorded_norm
 from distributed_at.observe.record import Measurement, RunRecord, load_run
 from distributed_at.statistics import format_interval, format_percent, mcnemar
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from distributed_at.catalogue.datasets import DATASETS
 from distributed_at.cli import main
 from distributed_at.config import DataConfig
 from distributed_at.data import open_split
-from distributed_at.datasets import DATASETS
 from distributed_at.engine.runs.evaluate_run import evaluate_run
 from distributed_at.errors import ConfigError, DataError
 from distributed_at.planning import make_plan
@@ -120,7 +120,7 @@ def test_a_folder_is_planned_trained_resumed_and_evaluated(tmp_path: Path, capsy
 PLUGIN = '''
 import numpy as np
 from distributed_at.data.mapped import mapped
-from distributed_at.datasets import Dataset
+from distributed_at.catalogue.datasets import Dataset
 
 
 class Blobs:

@@ -13,11 +13,11 @@ import pytest
 import torch
 import torchvision
 
+from distributed_at.catalogue.networks import NETWORKS
 from distributed_at.cli import main
 from distributed_at.engine.runs.evaluate_run import evaluate_run
 from distributed_at.engine.runs.initial_weights import check_initial_weights
 from distributed_at.errors import ConfigError
-from distributed_at.networks import NETWORKS
 from distributed_at.recipes import load_recipe
 from tests.integration.training import TINY, built, cut_back, same_bits, tensors, train
 

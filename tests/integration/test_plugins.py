@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from distributed_at.catalogue.networks import NETWORKS
+from distributed_at.catalogue.optimizers import OPTIMIZERS
+from distributed_at.catalogue.schedules import SCHEDULES
 from distributed_at.cli import main
 from distributed_at.config import RunConfig
 from distributed_at.engine.runs.evaluate_run import evaluate_run
 from distributed_at.errors import ConfigError
-from distributed_at.networks import NETWORKS
 from distributed_at.objectives import OBJECTIVES
-from distributed_at.optimizers import OPTIMIZERS
 from distributed_at.planning import make_plan
-from distributed_at.rates import SCHEDULES
 from distributed_at.recipes import load_recipe
 from tests.integration.training import TINY, built, cut_back, same_bits, tensors, train
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from distributed_at.batch import Batch
+from distributed_at.catalogue.norms import NORMS as NORM_REGISTRY
+from distributed_at.catalogue.optimizers import OPTIMIZERS as OPTIMIZER_REGISTRY
+from distributed_at.catalogue.schedules import SCHEDULES as SCHEDULE_REGISTRY
 from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
-from distributed_at.norms import NORMS as NORM_REGISTRY
 from distributed_at.objectives import OBJECTIVES, Forward, ObjectiveContext, Terms
 from distributed_at.objectives.pgd_at import PgdAt
-from distributed_at.optimizers import OPTIMIZERS as OPTIMIZER_REGISTRY
-from distributed_at.rates import SCHEDULES as SCHEDULE_REGISTRY
 from distributed_at.recipes import load_recipe
 from tests.conformance.objectives import settings_of
 from tests.training_kit import RECIPE, TINY, state_digest, train, training_rows

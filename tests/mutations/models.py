@@ -172,14 +172,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "pre-activation ResNet-34 lacks a block",
-        "networks.py",
+        "catalogue/networks.py",
         '"preact_resnet34": Layout("preact_resnet", (3, 4, 6, 3), "basic")',
         '"preact_resnet34": Layout("preact_resnet", (3, 4, 6, 2), "basic")',
         _STATISTICS + "test_cifar_networks_have_the_published_size",
     ),
     Mutation(
         "stages two and three of ResNet-518 are swapped",
-        "networks.py",
+        "catalogue/networks.py",
         "(3, 66, 100, 3)",
         "(3, 100, 66, 3)",
         _STATISTICS + "test_imagenet_networks_have_the_published_size_and_cost[resnet518]",

@@ -2,8 +2,8 @@
 
 import torch
 
-from distributed_at.optimizers import Optimizer
-from distributed_at.rates import Schedule
+from distributed_at.catalogue.optimizers import Optimizer
+from distributed_at.catalogue.schedules import Schedule
 
 
 def radam(groups, config, lr):

@@ -10,13 +10,13 @@ from typing import get_args
 import pytest
 import torch
 
+from distributed_at.catalogue.networks import NETWORKS
+from distributed_at.catalogue.norms import NORMS as NORMS_BY_NAME
 from distributed_at.config import Activation, ModelConfig
 from distributed_at.errors import ConfigError
 from distributed_at.models import LAYOUTS, build_model, on_branch, set_bn_mode, set_branch
 from distributed_at.models.activations import build_activation
 from distributed_at.models.norm import MixtureBatchNorm, norm_layers
-from distributed_at.networks import NETWORKS
-from distributed_at.norms import NORMS as NORMS_BY_NAME
 
 PACKAGE = Path(__file__).parents[2] / "distributed_at"
 NORMS = tuple(NORMS_BY_NAME.builtin)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from distributed_at.accelerators import GPUS, attack_arithmetic
+from distributed_at.catalogue.datasets import DATASETS
 from distributed_at.data import digits
-from distributed_at.datasets import DATASETS
 from distributed_at.errors import ConfigError
 from distributed_at.models.statistics import ModelStatistics
 from distributed_at.plan_table import plan_table

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distributed_at.catalogue.networks import library_of
 from distributed_at.config import RunConfig
 from distributed_at.engine.checkpoint import files
 from distributed_at.engine.checkpoint.retention import read_best
@@ -24,7 +25,6 @@ from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.errors import CheckpointError, ConfigError, UserError
 from distributed_at.models.foreign import fitted_weights, published_weights
 from distributed_at.models.parameters import load_torchvision_state_dict
-from distributed_at.networks import library_of
 
 
 def check_initial_weights(config: RunConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from distributed_at.norms import recorded_norm
+from distributed_at.catalogue.norms import recorded_norm
 from distributed_at.objectives import recorded_objective
 from distributed_at.observe.figures.style import COLOURS, MARKERS, Drawn, legend_above, look, new_figure
 from distributed_at.observe.record import Measurement, RunRecord

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from distributed_at.accelerators import attack_arithmetic
-from distributed_at.datasets import recorded_dataset
+from distributed_at.catalogue.datasets import recorded_dataset
 from distributed_at.objectives import recorded_objective
 from distributed_at.observe.console import time_shares
 from distributed_at.observe.cost import format_seconds, gpu_hours, mfu, peak_rate, recipe_forward_flops, recipe_units
