@@ -32,8 +32,9 @@ from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.engine.checkpoint.shards import FlatShard
 from distributed_at.engine.checkpoint.state import after_load, training_tensors
 from distributed_at.engine.optimizers import build_optimizer
-from distributed_at.engine.parallel import TrainingEngine, initialise_world, shutdown_world
+from distributed_at.engine.parallel import TrainingEngine
 from distributed_at.engine.processes.launch import free_port
+from distributed_at.engine.processes.world import initialise_world, shutdown_world
 from distributed_at.models.norm import bn_buffers
 from distributed_at.recipes import load_recipe
 

@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks import common
 from distributed_at.engine.builder import Parts, build_network, build_parts, set_groups
 from distributed_at.engine.microbatches import MicroBatches
-from distributed_at.engine.parallel import initialise_world, shutdown_world
+from distributed_at.engine.processes.world import initialise_world, shutdown_world
 from distributed_at.engine.state import TrainingState
 from distributed_at.engine.trainer import Trainer
 from distributed_at.observe.events import EventLog

@@ -26,7 +26,7 @@ from benchmarks import common
 from distributed_at.config import EvaluationEntry
 from distributed_at.data.sources import open_split
 from distributed_at.engine.builder import Parts, build_parts
-from distributed_at.engine.parallel import World, initialise_world, shutdown_world
+from distributed_at.engine.processes.world import World, initialise_world, shutdown_world
 from distributed_at.engine.state import TrainingState
 from distributed_at.engine.trainer import Trainer
 from distributed_at.engine.twin.compiled_attack import StaticIteration

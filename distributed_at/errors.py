@@ -7,7 +7,7 @@ what is allowed and, where it helps, the nearest right spelling.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 EXIT_OK = 0
 EXIT_CONFIG = 2
@@ -54,6 +54,14 @@ class CheckpointError(UserError):
     exit_code = EXIT_NO_CHECKPOINT
 
 
+class BadCheckpoint(Exception):
+    """A folder that is not a whole, unchanged checkpoint; the message says why. ``certain`` is False for a mere I/O error."""
+
+    def __init__(self, reason: str, *, certain: bool = True) -> None:
+        super().__init__(reason)
+        self.certain = certain
+
+
 class DivergedError(UserError):
     """The loss, the gradients or the weights are no longer finite."""
 
@@ -89,3 +97,19 @@ def shorten(message: str, limit: int = 1900) -> str:
     if len(message) <= limit:
         return message
     return f"{message[: limit - 400]} … ({len(message) - limit + 40} characters left out) … {message[-360:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """The most telling line of an error; torch wraps each rank's own error in a longer one."""
+    nested = getattr(error, "failures", None)
+    if isinstance(nested, Mapping) and nested:
+        told = {rank: first_line(why[0] if isinstance(why, tuple) else why) for rank, why in nested.items()}
+        if len(set(told.values())) == 1:
+            return next(iter(told.values()))
+        return "; ".join(f"[{rank}] {why}" for rank, why in told.items())
+    if isinstance(error, BadCheckpoint):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -18,7 +18,7 @@ import torch
 from distributed_at.attacks.pgd import PGD
 from distributed_at.attacks.threat import Threat
 from distributed_at.engine.checkpoint.tools import read_checkpoint
-from distributed_at.engine.parallel import World, import_deepspeed, initialise_world, shutdown_world
+from distributed_at.engine.processes.world import World, import_deepspeed, initialise_world, shutdown_world
 from distributed_at.engine.run import run_training
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.observe.events import read_events

@@ -184,8 +184,8 @@ def _run_distributed(args: argparse.Namespace) -> int:
     """The same check under srun, torchrun or by hand; every rank ends with the same exit code."""
     if detect_rank() is None:
         return run_workers(args.words, check_workers(args.workers) or usable_workers(), None)
-    from distributed_at.engine.parallel import initialise_world, shutdown_world
     from distributed_at.engine.processes.preflight import examine_ranks
+    from distributed_at.engine.processes.world import initialise_world, shutdown_world
     from distributed_at.recipes import dump_yaml, load_recipe
 
     recipe = dump_yaml(load_recipe(args.recipe, args.overrides).config) if args.recipe is not None else None

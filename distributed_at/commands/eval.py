@@ -99,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _work(args: argparse.Namespace, root: Path, config: RunConfig, entries: list[EvaluationEntry]) -> int:
     from distributed_at.data.source import ImageSource
-    from distributed_at.engine.parallel import initialise_world, shutdown_world
     from distributed_at.engine.processes.watchdog import Watchdog, section_timeouts
+    from distributed_at.engine.processes.world import initialise_world, shutdown_world
     from distributed_at.engine.runs.evaluate_run import evaluate_run
     from distributed_at.engine.runs.folder import RunFolder
     from distributed_at.engine.runs.weights import SavedNetwork

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from distributed_at.engine.parallel import World, sum_over_ranks
+from distributed_at.engine.processes.world import World, sum_over_ranks
 from distributed_at.models.norm import bn_buffers
 
 _Buffers = tuple[torch.Tensor, torch.Tensor]  # running means and variances, flat; counters of batches

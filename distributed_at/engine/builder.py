@@ -26,7 +26,8 @@ from distributed_at.engine.averaging import WeightAverage
 from distributed_at.engine.batching import BatchPlan, total_steps
 from distributed_at.engine.buffers import BufferMerger
 from distributed_at.engine.optimizers import build_optimizer
-from distributed_at.engine.parallel import TrainingEngine, World
+from distributed_at.engine.parallel import TrainingEngine
+from distributed_at.engine.processes.world import World
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.initial_weights import begin_from, read_into
 from distributed_at.engine.schedules import Schedules

@@ -12,15 +12,15 @@ from typing import Any
 from distributed_at.config import RunConfig
 from distributed_at.engine.builder import build_parts
 from distributed_at.engine.checkpoint.manager import CheckpointManager
-from distributed_at.engine.checkpoint.saving import Checkpoints
-from distributed_at.engine.parallel import World, import_deepspeed, initialise_world, shutdown_world
 from distributed_at.engine.processes.failures import lost_rank, rank_and_host, what_was_lost, write_failure
 from distributed_at.engine.processes.notes import Notes
 from distributed_at.engine.processes.preemption import start_listening
 from distributed_at.engine.processes.watchdog import Watchdog, section_timeouts
+from distributed_at.engine.processes.world import World, import_deepspeed, initialise_world, shutdown_world
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.lock import RunLock
 from distributed_at.engine.runs.views import remote_views
+from distributed_at.engine.saving import Checkpoints
 from distributed_at.engine.state import TrainingState
 from distributed_at.engine.trainer import RunOutcome, Trainer
 from distributed_at.engine.validation import Validator

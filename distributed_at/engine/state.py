@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from distributed_at.engine.builder import Parts, num_classes_of
 from distributed_at.engine.checkpoint.state import after_load, shard_places, training_tensors, whole_networks
 from distributed_at.engine.nonfinite import NonfiniteGuard, weights_finite
-from distributed_at.engine.parallel import World, gather_all
+from distributed_at.engine.processes.world import World, gather_all
 from distributed_at.engine.progress import EarlyStopping, Meters
 from distributed_at.models.norm import bn_buffers
 

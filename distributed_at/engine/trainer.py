@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from distributed_at.engine.checkpoint.saving import Checkpoints
 from distributed_at.engine.clock import StepClock
 from distributed_at.engine.microbatches import MicroBatch, MicroBatches
 from distributed_at.engine.nonfinite import (
@@ -23,10 +22,11 @@ from distributed_at.engine.nonfinite import (
     WORDS,
     offending_ids,
 )
-from distributed_at.engine.parallel import gather_all, sum_over_ranks
 from distributed_at.engine.processes.notes import Notes
 from distributed_at.engine.processes.preemption import agree_max
 from distributed_at.engine.processes.watchdog import StepTimes
+from distributed_at.engine.processes.world import gather_all, sum_over_ranks
+from distributed_at.engine.saving import Checkpoints
 from distributed_at.engine.state import TrainingState
 from distributed_at.engine.validation import Validator
 from distributed_at.errors import CheckpointError, DivergedError

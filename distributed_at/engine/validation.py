@@ -11,7 +11,7 @@ from distributed_at.config import RunConfig
 from distributed_at.data.source import ImageSource
 from distributed_at.data.sources import open_split
 from distributed_at.engine.builder import Parts
-from distributed_at.engine.parallel import World
+from distributed_at.engine.processes.world import World
 from distributed_at.engine.runs.evaluate_run import measure, subject_of
 from distributed_at.engine.twin.twin import aliased_copy
 from distributed_at.evaluation import EvaluationResult, Execution

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from distributed_at.engine.parallel import shutdown_world
 from distributed_at.engine.processes.launch import free_port
+from distributed_at.engine.processes.world import shutdown_world
 
 
 def _enter(

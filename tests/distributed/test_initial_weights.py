@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from distributed_at.engine.builder import build_network
-from distributed_at.engine.parallel import initialise_world
+from distributed_at.engine.processes.world import initialise_world
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.initial_weights import begin_from
 from distributed_at.errors import UserError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from distributed_at.engine.parallel import World
 from distributed_at.engine.processes.notes import MOST, Notes
+from distributed_at.engine.processes.world import World
 from tests.distributed.launch import run_ranks
 
 

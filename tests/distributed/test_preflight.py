@@ -9,8 +9,8 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from distributed_at.engine.parallel import initialise_world
 from distributed_at.engine.processes import preflight
+from distributed_at.engine.processes.world import initialise_world
 from distributed_at.findings import BROKEN, OK, SLOW
 from tests.distributed.launch import run_ranks
 

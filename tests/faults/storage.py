@@ -48,7 +48,7 @@ def quick_retries(seconds: float = 0.0) -> Iterator[None]:
     manager = functools.partial(CheckpointManager, retry_seconds=seconds)
     with (
         mock.patch("distributed_at.engine.run.CheckpointManager", manager),
-        mock.patch("distributed_at.engine.checkpoint.saving.PATIENCE", (0.01,)),
+        mock.patch("distributed_at.engine.saving.PATIENCE", (0.01,)),
     ):
         yield
 

@@ -22,7 +22,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "resume loads only weights",
-        "engine/checkpoint/saving.py",
+        "engine/saving.py",
         "self._manager.load(path, self._state.tensors())",
         'self._manager.load(path, {n: t for n, t in self._state.tensors().items() if n.startswith("model.")})',
         _RESUMED + "[pgd_at-bn-sgd-piecewise-none]",

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from distributed_at.engine.buffers import BufferMerger
-from distributed_at.engine.parallel import World
+from distributed_at.engine.processes.world import World
 from distributed_at.models.norm import BatchNorm
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

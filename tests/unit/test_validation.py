@@ -10,7 +10,7 @@ import torch
 
 from distributed_at.data.sources import open_split
 from distributed_at.engine.builder import build_network
-from distributed_at.engine.parallel import World
+from distributed_at.engine.processes.world import World
 from distributed_at.engine.validation import Validator
 from distributed_at.recipes import load_recipe
 from tests.training_kit import RECIPE, TINY

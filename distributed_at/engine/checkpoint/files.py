@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distributed_at.errors import BadCheckpoint
 from distributed_at.files import sync_folder, write_atomically
 
 FORMAT = "distributed_at.checkpoint"
@@ -28,14 +29,6 @@ STEP_NAME = re.compile(r"step_(\d{8,})")
 _FILE_NAME = re.compile(r"(?:__\d+_\d+\.distcp|\.metadata)")
 _MANIFEST_LIMIT = 256 << 20  # bytes
 _BLOCK = 4 << 20  # bytes
-
-
-class BadCheckpoint(Exception):
-    """A folder that is not a whole, unchanged checkpoint; the message says why. ``certain`` is False for a mere I/O error."""
-
-    def __init__(self, reason: str, *, certain: bool = True) -> None:
-        super().__init__(reason)
-        self.certain = certain
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from distributed_at.engine.checkpoint import files
 from distributed_at.engine.checkpoint.files import BadCheckpoint, Manifest
-from distributed_at.engine.checkpoint.ranks import SHOWN, Ranks, attempt, first_line, merge
+from distributed_at.engine.checkpoint.ranks import SHOWN, Ranks, attempt, merge
 from distributed_at.engine.checkpoint.reader import PlainWriter, SafeReader
 from distributed_at.engine.checkpoint.retention import prune, read_best, write_best
 from distributed_at.engine.checkpoint.shards import (
@@ -36,7 +36,7 @@ from distributed_at.engine.checkpoint.shards import (
     snapshot,
 )
 from distributed_at.engine.processes.failures import lost_rank
-from distributed_at.errors import CheckpointError, UserError
+from distributed_at.errors import CheckpointError, UserError, first_line
 from distributed_at.files import write_atomically
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -7,14 +7,14 @@ group; one process needs no group.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException  # not an Exception: it derives from BaseException
 
-from distributed_at.engine.checkpoint.files import BadCheckpoint
+from distributed_at.errors import first_line
 
 T = TypeVar("T")
 SHOWN = 6  # reasons listed in one message
@@ -65,22 +65,6 @@ def attempt(action: Callable[[], Any]) -> str | None:
     except (Exception, CheckpointException) as error:
         return first_line(error)
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The most telling line of an error; torch wraps each rank's own error in a longer one."""
-    nested = getattr(error, "failures", None)
-    if isinstance(nested, Mapping) and nested:
-        told = {rank: first_line(why[0] if isinstance(why, tuple) else why) for rank, why in nested.items()}
-        if len(set(told.values())) == 1:
-            return next(iter(told.values()))
-        return "; ".join(f"[{rank}] {why}" for rank, why in told.items())
-    if isinstance(error, BadCheckpoint):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def merge(failures: list[str]) -> str:

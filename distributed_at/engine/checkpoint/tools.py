@@ -20,12 +20,11 @@ from distributed_at.engine.checkpoint import files
 from distributed_at.engine.checkpoint.files import BadCheckpoint, Manifest
 from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.engine.checkpoint.native import read_native
-from distributed_at.engine.checkpoint.ranks import first_line
 from distributed_at.engine.checkpoint.reader import SafeReader, load_without_code
 from distributed_at.engine.checkpoint.retention import read_best
 from distributed_at.engine.checkpoint.shards import FlatLoadPlanner, FlatShard
 from distributed_at.engine.checkpoint.state import BUFFER, EMA, MODEL
-from distributed_at.errors import CheckpointError, ConfigError, did_you_mean
+from distributed_at.errors import CheckpointError, ConfigError, did_you_mean, first_line
 
 _BUFFER_ENDINGS = ("running_mean", "running_var", "num_batches_tracked")
 _SUFFIXES = (".pt", ".pth", ".safetensors")

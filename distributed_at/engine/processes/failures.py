@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from distributed_at.engine.checkpoint.ranks import first_line
+from distributed_at.errors import first_line
 from distributed_at.observe.secrets import without_secrets
 
 # What gloo, NCCL and the rendezvous store say when another process is gone or silent; gloo raises plain RuntimeErrors.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from distributed_at.engine.parallel import World, gather_all
+from distributed_at.engine.processes.world import World, gather_all
 
 MOST = 100  # notes that wait between two rows of the log; then the oldest go
 

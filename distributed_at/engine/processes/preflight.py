@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distributed_at.engine.parallel import World, gather_all
+from distributed_at.engine.processes.world import World, gather_all
 from distributed_at.findings import BROKEN, OK, SLOW, Finding
 
 SLOWER = 1.5  # times the median: then a rank is named

@@ -23,7 +23,7 @@ from torch import nn
 from distributed_at.config import EvaluationEntry, RunConfig
 from distributed_at.data.source import ImageSource
 from distributed_at.data.sources import open_split
-from distributed_at.engine.parallel import World
+from distributed_at.engine.processes.world import World
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.views import remote_views
 from distributed_at.engine.runs.weights import SavedNetwork, open_network

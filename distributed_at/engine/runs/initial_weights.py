@@ -20,7 +20,7 @@ from distributed_at.config import RunConfig
 from distributed_at.engine.checkpoint import files
 from distributed_at.engine.checkpoint.retention import read_best
 from distributed_at.engine.checkpoint.tools import read_weights
-from distributed_at.engine.parallel import World
+from distributed_at.engine.processes.world import World
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.errors import CheckpointError, ConfigError, UserError
 from distributed_at.models.foreign import fitted_weights, published_weights

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from distributed_at.config import RunConfig
-from distributed_at.engine.builder import build_network
 from distributed_at.engine.checkpoint.files import BadCheckpoint, read_manifest
 from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.engine.checkpoint.state import BUFFER, EMA, MODEL
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.errors import CheckpointError
+from distributed_at.models import build_model
 
 Choice = Literal["auto", "best", "last"]
 
@@ -93,7 +93,9 @@ def load_network(
 
     ``average``: use the averaged weights where the recipe keeps them (Gowal et al., section 4.3).
     """
-    module = build_network(config, num_classes, read_manifest(path).metadata.get("image_size"))
+    with torch.random.fork_rng(devices=[]):  # what it draws is written over; the caller's generator stays where it was
+        image_size = read_manifest(path).metadata.get("image_size")
+        module = build_model(config.model, num_classes=num_classes, image_size=image_size)
     averaged = average and config.train.ema is not None
     names = set(dict(module.named_parameters()))
     if averaged and config.train.ema is not None and config.train.ema.buffers == "average":

@@ -10,8 +10,8 @@ from typing import Any
 
 from distributed_at.config import CheckpointConfig
 from distributed_at.engine.checkpoint.manager import CheckpointManager
-from distributed_at.engine.parallel import gather_all
 from distributed_at.engine.processes.preemption import agree_max
+from distributed_at.engine.processes.world import gather_all
 from distributed_at.engine.runs.lock import RunLock
 from distributed_at.engine.state import TrainingState
 from distributed_at.errors import LockedError
