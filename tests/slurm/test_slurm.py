@@ -20,7 +20,7 @@ import pytest
 
 from distributed_at.observe.events import read_events
 from tests.slurm.cluster import MISSING, ROOT, Cluster, steps_done, wait_steps
-from tests.training_kit import TINY, state_digest, training_rows
+from tests.training_kit import TINY, state_digest, training_rows, with_words
 
 pytestmark = [
     pytest.mark.slurm,
@@ -29,10 +29,12 @@ pytestmark = [
 STEPS = 150
 RECIPE = [
     "digits/adversarial.yaml",
-    *TINY,
-    "train.epochs=50",  # three steps each
-    "checkpoint.every_steps=20",
-    "parallel.timeout_seconds=60",
+    *with_words(
+        TINY,
+        "train.epochs=50",  # three steps each
+        "checkpoint.every_steps=20",
+        "parallel.timeout_seconds=60",
+    ),
 ]
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--time=30")
 
@@ -154,7 +156,7 @@ def test_dead_node_loses_at_most_the_steps_since_the_last_checkpoint(cluster, un
 
 @pytest.mark.slow
 def test_time_limit_is_met_with_a_checkpoint_and_a_requeue(cluster, tmp_path):
-    recipe = [*RECIPE, "train.epochs=600", "log.every_steps=7"]  # longer than a minute
+    recipe = with_words(RECIPE, "train.epochs=600", "log.every_steps=7")  # longer than a minute
     whole, folder = train_alone(tmp_path / "whole", recipe), tmp_path / "limit"
     # one minute is the shortest limit, and SLURM may send the signal at any second of it
     options = ("--nodes=2", "--ntasks-per-node=1", "--time=1", "--signal=B:USR1@20")
@@ -170,7 +172,7 @@ def test_time_limit_is_met_with_a_checkpoint_and_a_requeue(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_twenty_requeues_in_a_row_need_no_hand(cluster, tmp_path):
-    recipe = [*RECIPE, "train.epochs=300"]
+    recipe = with_words(RECIPE, "train.epochs=300")
     whole, folder = train_alone(tmp_path / "whole", recipe), tmp_path / "twenty"
     job = start(cluster, folder, "--nodes=2", "--ntasks-per-node=1", "--time=60", recipe=recipe)
     for number in range(1, 21):
@@ -237,7 +239,7 @@ def test_smaller_allocation_goes_on_with_the_largest_world_that_divides(cluster,
 
 @pytest.mark.slow
 def test_sweep_evaluation_chain_and_preflight(cluster, tmp_path):
-    short = [*RECIPE, "train.epochs=2", "schedule.warmup_epochs=0", "evaluation.final=[{kind: clean}]"]
+    short = with_words(RECIPE, "train.epochs=2", "schedule.warmup_epochs=0", "evaluation.final=[{kind: clean}]")
     lines = tmp_path / "lines.txt"
     lines.write_text("".join(shlex.join([*short, f"seed={seed}"]) + "\n" for seed in (1, 2)))
     runs = {"RUNS": str(tmp_path), "PYTHON": sys.executable}
