@@ -103,10 +103,10 @@ def checkpoint_step(folder: Path) -> int:
 @contextlib.contextmanager
 def one_world() -> Iterator[None]:
     """Let commands that run in this process share its process group, and leave it standing."""
-    parallel = "distributed_at.engine.parallel"
+    world = "distributed_at.engine.processes.world"
     with (
-        mock.patch(f"{parallel}.initialise_world", _one_world),
-        mock.patch(f"{parallel}.shutdown_world", return_value=None),
+        mock.patch(f"{world}.initialise_world", _one_world),
+        mock.patch(f"{world}.shutdown_world", return_value=None),
     ):
         yield
 

@@ -40,17 +40,19 @@ class Dataset:
         return cast(Opener, load_attribute(self.open)) if isinstance(self.open, str) else self.open
 
 
-_ARRAYS = "distributed_at.data.sources:open_arrays"
-_FETCH = "distributed_at.data.download"
+_DATA = "distributed_at.data"
+_FETCH = f"{_DATA}.download"
 DATASETS: Registry[Dataset] = Registry(
     "data set",
     field="data.dataset",
     builtin={
         # one set of 1797, of which 360 are always the test set
-        "digits": Dataset(title="Digits 8×8", open=_ARRAYS, train=1437, test=360, classes=10, image_size=8),
+        "digits": Dataset(
+            title="Digits 8×8", open=f"{_DATA}.digits:open_digits", train=1437, test=360, classes=10, image_size=8
+        ),
         "cifar10": Dataset(
             title="CIFAR-10",
-            open=_ARRAYS,
+            open=f"{_DATA}.cifar:open_cifar10",
             train=50_000,
             test=10_000,
             classes=10,
@@ -60,7 +62,7 @@ DATASETS: Registry[Dataset] = Registry(
         ),
         "cifar100": Dataset(
             title="CIFAR-100",
-            open=_ARRAYS,
+            open=f"{_DATA}.cifar:open_cifar100",
             train=50_000,
             test=10_000,
             classes=100,
@@ -70,7 +72,7 @@ DATASETS: Registry[Dataset] = Registry(
         ),
         "svhn": Dataset(
             title="SVHN",
-            open=_ARRAYS,
+            open=f"{_DATA}.svhn:open_svhn",
             train=73_257,
             test=26_032,
             classes=10,
@@ -79,12 +81,12 @@ DATASETS: Registry[Dataset] = Registry(
         ),
         "imagenet": Dataset(
             title="ImageNet",
-            open="distributed_at.data.sources:open_imagenet",
+            open=f"{_DATA}.sources:open_imagenet",
             train=1_281_167,
             test=50_000,
             classes=1000,
         ),
-        "folder": Dataset(title="folder of images", open="distributed_at.data.sources:open_image_folder"),
+        "folder": Dataset(title="folder of images", open=f"{_DATA}.sources:open_image_folder"),
     },
 )
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from distributed_at.catalogue.datasets import Opener
+from distributed_at.data.arrays import Arrays, from_arrays
 from distributed_at.data.safe_pickle import load_data_pickle
 from distributed_at.errors import DataError
 
@@ -146,3 +148,14 @@ def _class_names(folder: Path, layout: _Layout) -> tuple[str, ...]:
         return ()
     names: Any = load_data_pickle(folder / layout.meta_file).get(layout.names_key, [])
     return tuple(n.decode("latin1") if isinstance(n, bytes) else str(n) for n in names)
+
+
+def _arrays(dataset: str) -> Opener:
+    def read(path: Path | None, split: str, image_size: int, warn: Warn | None) -> Arrays:
+        assert path is not None
+        return Arrays(*read_cifar(path, dataset, split, warn=warn))
+
+    return from_arrays(read, needs_path=True)
+
+
+open_cifar10, open_cifar100 = _arrays("cifar10"), _arrays("cifar100")

@@ -9,25 +9,17 @@ from typing import Literal
 import numpy as np
 
 from distributed_at.config import DataConfig
-from distributed_at.data import cifar, digits, svhn
-from distributed_at.data.download import download
 from distributed_at.data.imagenet import Decoder, FolderSource, check_layout
 from distributed_at.data.imagenet_dali import DaliDecoder
 from distributed_at.data.imagenet_pil import PilDecoder
 from distributed_at.data.index import FolderIndex, Progress, open_index
 from distributed_at.data.machine import dali_installed, decoder_threads
 from distributed_at.data.shards import has_shards, load_shards
-from distributed_at.data.source import ArraySource, ImageSource
-from distributed_at.data.split import carve_validation, fixed_test_ids, limit_ids
+from distributed_at.data.source import ImageSource
+from distributed_at.data.split import check_classes, fixed_test_ids, split_ids
 from distributed_at.errors import ConfigError, DataError
 
 Split = Literal["train", "validation", "test"]
-# name -> (folder, published split, warn) -> images, labels, class names
-_READERS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray, tuple[str, ...]]]] = {
-    "cifar10": lambda path, split, warn: cifar.read_cifar(path, "cifar10", split, warn=warn),
-    "cifar100": lambda path, split, warn: cifar.read_cifar(path, "cifar100", split, warn=warn),
-    "svhn": lambda path, split, warn: svhn.read_svhn(path, split, warn=warn),
-}
 _EVALUATION_CROP = 0.875  # 224 out of 256
 _CORES_FOR_CPU_DECODING = 4
 
@@ -61,65 +53,6 @@ def open_split(
     if split == "validation" and config.validation_size == 0:
         raise ConfigError("split 'validation' needs data.validation_size > 0")
     return config.facts.opener()(config, split, seed=seed, warn=warn, progress=progress, device_index=device_index)
-
-
-def split_ids(published: np.ndarray, config: DataConfig, split: Split, *, seed: int) -> np.ndarray:
-    """Choose the ids of ``split`` among those of the published split that it comes from."""
-    if split == "test":
-        return limit_ids(published, config.limit_test, seed=seed)
-    train, validation = carve_validation(published, size=config.validation_size, seed=config.validation_seed)
-    return validation if split == "validation" else limit_ids(train, config.limit_train, seed=seed)
-
-
-def check_classes(config: DataConfig, found: int, where: str) -> None:
-    if config.num_classes is not None and config.num_classes != found:
-        raise DataError(
-            f"data.num_classes is {config.num_classes}, but {where} has {found} classes: set num_classes: {found}, "
-            f"or check data.path"
-        )
-
-
-def open_arrays(
-    config: DataConfig,
-    split: Split,
-    *,
-    seed: int,
-    warn: Callable[[str, str], None] | None = None,
-    progress: Progress | None = None,
-    device_index: int | None = None,
-) -> ImageSource:
-    """Open a split of digits, CIFAR or SVHN: one array in memory."""
-    name, facts = config.dataset, config.facts
-    assert facts.classes is not None
-    if config.image_size != facts.image_size:
-        raise DataError(
-            f"data.image_size is {config.image_size}, but {name} has images of {facts.image_size} pixels and is not "
-            f"resized: set image_size: {facts.image_size}"
-        )
-    check_classes(config, facts.classes, name)
-    published = "test" if split == "test" else "train"
-    if name not in _READERS:
-        images, labels, class_names = digits.read_digits()
-        ids = digits.digits_ids(published, len(labels))
-    else:
-        if config.path is None:
-            raise DataError(f"data.path is null: {name} needs the folder that holds its files")
-        path = Path(config.path).expanduser()
-        if config.download:
-            download(name, path)
-        images, labels, class_names = _READERS[name](path, published, warn)
-        ids = np.arange(len(labels), dtype=np.int64)
-    return ArraySource(
-        images,
-        labels,
-        name=name,
-        split=split,
-        sample_ids=split_ids(ids, config, split, seed=seed),
-        num_classes=facts.classes,
-        augment=config.augment,
-        seed=seed,
-        class_names=class_names,
-    )
 
 
 def choose_backend(config: DataConfig) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from distributed_at.errors import ConfigError
+from distributed_at.config import DataConfig
+from distributed_at.errors import ConfigError, DataError
 from distributed_at.rng import Purpose, permutation
 
 # Separate counters, so that a limit does not follow the validation choice.
@@ -39,3 +40,19 @@ def fixed_test_ids(num_samples: int, test_size: int) -> tuple[np.ndarray, np.nda
     """Return (train, test) ids of a data set published without a split: the same two parts always, sorted."""
     order = permutation(0, _FIXED_TEST, num_samples, purpose=Purpose.SPLIT)
     return np.sort(order[test_size:]), np.sort(order[:test_size])
+
+
+def split_ids(published: np.ndarray, config: DataConfig, split: str, *, seed: int) -> np.ndarray:
+    """Choose the ids of ``split`` among those of the published split that it comes from."""
+    if split == "test":
+        return limit_ids(published, config.limit_test, seed=seed)
+    train, validation = carve_validation(published, size=config.validation_size, seed=config.validation_seed)
+    return validation if split == "validation" else limit_ids(train, config.limit_train, seed=seed)
+
+
+def check_classes(config: DataConfig, found: int, where: str) -> None:
+    if config.num_classes is not None and config.num_classes != found:
+        raise DataError(
+            f"data.num_classes is {config.num_classes}, but {where} has {found} classes: set num_classes: {found}, "
+            f"or check data.path"
+        )

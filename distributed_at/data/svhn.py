@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distributed_at.data.arrays import Arrays, from_arrays
 from distributed_at.errors import DataError
 
 NUM_CLASSES = 10
@@ -59,3 +60,11 @@ def read_svhn(
     if len(labels) != PUBLISHED_SIZES[split] and warn is not None:
         warn("data_size", f"{file}: {len(labels)} images; svhn {split} as published has {PUBLISHED_SIZES[split]}")
     return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels, tuple(str(d) for d in range(10))
+
+
+def _read(path: Path | None, split: str, image_size: int, warn: Callable[[str, str], None] | None) -> Arrays:
+    assert path is not None
+    return Arrays(*read_svhn(path, split, warn=warn))
+
+
+open_svhn = from_arrays(_read, needs_path=True)

@@ -9,6 +9,7 @@ from distributed_at.config import ParallelConfig, TrainConfig
 from distributed_at.engine import parallel
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.buffers import BufferMerger
+from distributed_at.engine.processes.world import import_deepspeed, initialise_world, shutdown_world
 from distributed_at.engine.twin.twin import Twin
 from distributed_at.models.norm import BatchNorm, bn_buffers
 from tests.distributed.launch import run_ranks
@@ -36,8 +37,8 @@ def optimizer_of(module):
 
 def train(stage: int, micro: int | None, use_deepspeed: bool) -> dict[str, torch.Tensor]:
     """Train for a few steps on counters' images with a large update (no silent clipping may pass)."""
-    parallel.import_deepspeed()
-    world = parallel.initialise_world()
+    import_deepspeed()
+    world = initialise_world()
     if not use_deepspeed:
         parallel.deepspeed_available = lambda: False
     torch.manual_seed(0)
@@ -75,7 +76,7 @@ def train(stage: int, micro: int | None, use_deepspeed: bool) -> dict[str, torch
         merger.finish_step()
     result = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
     result.update({n: b.clone() for n, b in bn_buffers(engine.module).items()})
-    parallel.shutdown_world()
+    shutdown_world()
     return result
 
 

@@ -22,7 +22,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from distributed_at.cli import main
-from distributed_at.data import digits, open_split, sources
+from distributed_at.data import arrays, digits, open_split
 from tests.integration.chance import right_answers, tails
 from tests.integration.training import tiny, train
 from tests.training_kit import one_world
@@ -73,7 +73,7 @@ def shuffled_labels(seed: int) -> np.ndarray:
 def with_leak(count: int, seed: int) -> Callable[..., np.ndarray]:
     """Return a choice of ids that puts ``count`` test images, with their true labels, among those of train."""
     leaked = np.random.default_rng([seed, 2]).choice(ids_of_test(), count, replace=False)
-    real = sources.split_ids
+    real = arrays.split_ids
 
     def ids(published: np.ndarray, config: object, split: str, **options: object) -> np.ndarray:
         found = real(published, config, split, **options)
@@ -109,7 +109,7 @@ def trained(folder: Path, objective: str, seed: int, *, leak: int = 0) -> Traine
     config = tiny(*RECIPE, FINAL, f"objective={{name: {objective}}}", f"attack={attack}", f"seed={seed}")
     with (
         mock.patch.object(digits, "read_digits", return_value=(images, labels, names)),
-        mock.patch.object(sources, "split_ids", with_leak(leak, seed)),
+        mock.patch.object(arrays, "split_ids", with_leak(leak, seed)),
     ):
         train(config, folder)
         found = {checkpoint: evaluated(folder, checkpoint) for checkpoint in CHECKPOINTS}

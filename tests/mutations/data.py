@@ -147,16 +147,16 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "held-out images follow the run's seed",
-        "data/sources.py",
+        "data/split.py",
         "seed=config.validation_seed",
         "seed=seed",
         _PIXELS + "test_held_out_images_are_the_same_for_every_seed_of_the_run",
     ),
     Mutation(
         "SVHN's test images are its training images",
-        "data/sources.py",
-        "svhn.read_svhn(path, split, warn=warn)",
-        'svhn.read_svhn(path, "train", warn=warn)',
+        "data/svhn.py",
+        "read_svhn(path, split, warn=warn)",
+        'read_svhn(path, "train", warn=warn)',
         _PIXELS + "test_each_split_of_svhn_is_read_from_its_own_file",
     ),
     Mutation(
@@ -329,14 +329,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "a plug-in's test set is its training set",
-        "data/mapped.py",
+        "data/arrays.py",
         '= "test" if split == "test" else "train"',
         '= "train" if split == "test" else "train"',
         _ANY + "test_a_plugins_data_set_trains_resumes_and_is_evaluated",
     ),
     Mutation(
         "labels outside of the classes are taken from a plug-in",
-        "data/mapped.py",
+        "data/arrays.py",
         "        if len(wrong):\n",
         "        if False:\n",
         _ANY + "test_what_a_data_set_gives_wrongly_is_told_with_the_item",
