@@ -92,7 +92,7 @@ def measure(device: str, batch: int, size: int, rounds: int) -> dict[str, object
                 "eager chain": lambda: eager_chain(x_adv, clean, grad),
                 "eager, precomputed bounds": lambda: precomputed_chain(x_adv, grad, lower, upper),
                 "compiled chain": lambda: compiled_chain(x_adv, clean, grad),
-                "exact bounds, eager": lambda: threat.step_into(x_adv, grad, step, bounds),
+                "exact bounds, eager": lambda: threat.stepper()(x_adv, grad, step, bounds),
                 "fused": lambda: ops.linf_step(x_adv, clean, grad, **named),
                 "fused, uint8 clean, bf16 gradient": lambda: ops.linf_step(x_adv, clean_bytes, grad16, **named),
             }

@@ -23,7 +23,8 @@ class Batch:
         step: global optimiser step.
         group_ids: (N,) int64, number of each sample's BN group within the epoch, the same at every world size.
         origin: (N,) int8, ``LABELLED`` or ``EXTRA``; None = all are of the data set itself.
-        targets: (N, K) float, the class distribution that each image stands for; None = its label's.
+        soft_labels: (N, K) float, the class distribution that each image stands for; None = its label's. An attack whose
+            loss takes soft labels climbs it too.
         place: row of this rank's share of the step's batch at which this micro-batch begins; None = a stand-in for
             images that a rank does not have, whose loss counts nothing and which must leave no trace.
         repeat: which use of this batch the step is, from 0, for objectives that use a batch several times.
@@ -36,7 +37,7 @@ class Batch:
     step: int
     group_ids: torch.Tensor
     origin: torch.Tensor | None = None
-    targets: torch.Tensor | None = None
+    soft_labels: torch.Tensor | None = None
     place: int | None = 0
     repeat: int = 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from distributed_at.bench.certificate import check_certificate
+from distributed_at.catalogue.attacks import ATTACK_TARGETS
 from distributed_at.catalogue.networks import is_foreign
 from distributed_at.config import AttackConfig, RunConfig
 from distributed_at.engine.batching import BatchPlan
@@ -121,12 +122,17 @@ def _batch(config: RunConfig, batch: BatchPlan, num_train: int, has_batch_norm: 
     return found
 
 
+def _range(sizes: list[float]) -> str:
+    ends = f"{max(sizes):g}", f"{min(sizes):g}"
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
 def _attack(config: RunConfig) -> list[tuple[str, str]]:
     attack = config.attack
     if attack is None:
         return []
     found = []
-    reach = attack.num_steps * attack.effective_step_size
+    reach = sum(attack.step_sizes())
     if _is_adversarial(config) and (attack.eps == 0 or attack.num_steps == 0):
         what = "eps" if attack.eps == 0 else "num_steps"
         found.append(
@@ -140,11 +146,11 @@ def _attack(config: RunConfig) -> list[tuple[str, str]]:
         found.append(
             (
                 "attack_cannot_reach_eps",
-                f"attack: {attack.num_steps} steps of {attack.effective_step_size:g}/255 move at most {reach:g}/255, "
+                f"attack: {attack.num_steps} steps of {_range(attack.step_sizes())}/255 move at most {reach:g}/255, "
                 f"less than eps {attack.eps:g}/255",
             )
         )
-    if attack.num_steps == 1 and attack.target == "none":
+    if attack.num_steps == 1 and not ATTACK_TARGETS[attack.target].targeted:
         found.append(
             (
                 "catastrophic_overfitting",

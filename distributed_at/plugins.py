@@ -31,6 +31,12 @@ REGISTRIES = {
     "OPTIMIZERS": "distributed_at.catalogue.optimizers:OPTIMIZERS",
     "SCHEDULES": "distributed_at.catalogue.schedules:SCHEDULES",
     "NORMS": "distributed_at.catalogue.norms:NORMS",
+    "ATTACK_LOSSES": "distributed_at.catalogue.attacks:ATTACK_LOSSES",
+    "ATTACK_TARGETS": "distributed_at.catalogue.attacks:ATTACK_TARGETS",
+    "ATTACK_STARTS": "distributed_at.catalogue.attacks:ATTACK_STARTS",
+    "ATTACK_UPDATES": "distributed_at.catalogue.attacks:ATTACK_UPDATES",
+    "STEP_RULES": "distributed_at.catalogue.attacks:STEP_RULES",
+    "BALLS": "distributed_at.catalogue.attacks:BALLS",
 }
 
 

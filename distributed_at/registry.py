@@ -28,11 +28,21 @@ class Registry(Mapping[str, T], Generic[T]):
         kind: what an entry is, in a person's words: "objective".
         field: the recipe's field that names one: "objective.name".
         builtin: name -> the object, or "module:attribute" that is imported at first use.
+        entry: class of the entries, or that they derive from; what a plug-in adds is checked against it.
         forms: what else may stand there, as messages list it: "LIBRARY:NAME".
     """
 
-    def __init__(self, kind: str, *, field: str, builtin: Mapping[str, T | str], forms: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        field: str,
+        builtin: Mapping[str, T | str],
+        entry: type | str | None = None,
+        forms: tuple[str, ...] = (),
+    ) -> None:
         self.kind = kind
+        self._entry = entry
         self.forms = forms
         self.field = field
         self._builtin = dict(builtin)
@@ -83,8 +93,13 @@ class Registry(Mapping[str, T], Generic[T]):
         """Add a plug-in's entry, or replace what an earlier state of a plug-in called so.
 
         Raises:
-            ConfigError: a built-in entry has this name.
+            ConfigError: a built-in entry has this name, or it is no such entry.
         """
+        wanted = load_attribute(self._entry) if isinstance(self._entry, str) else self._entry
+        if wanted is not None and not (
+            issubclass(entry, wanted) if isinstance(entry, type) else isinstance(entry, wanted)
+        ):
+            raise ConfigError(f"{origin}: {self.kind} {name!r} must be of {wanted.__qualname__}, got {entry!r}")
         if name in self._builtin:
             raise ConfigError(f"{origin}: {self.kind} {name!r} exists already in the package; choose another name")
         self._added[name] = (entry, origin)

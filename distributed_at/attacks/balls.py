@@ -1,16 +1,23 @@
-"""The arithmetic of the Linf and L2 balls inside the pixel box: bounds, projections and steps, as pure functions.
+"""The geometry of the Linf and L2 balls inside the pixel box: bounds, projections, steps and laws of starts.
 
 Both constraints hold *exactly* in the dtype of the images, not up to rounding. No function here looks at a value on
-the host, so all may be compiled or captured.
+the host, so all may be compiled or captured. The arithmetic itself is that of ``ops/reference.py``, which the compiled
+kernels are tested against.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from distributed_at import ops
 from distributed_at.ops import reference
+from distributed_at.rng import Purpose
+
+if TYPE_CHECKING:
+    from distributed_at.attacks.starts import Counters
 
 
 class Bounds(NamedTuple):
@@ -28,6 +35,39 @@ class Bounds(NamedTuple):
     eps: torch.Tensor
 
 
+class Ball(Protocol):
+    """What an attack asks a norm. Images are (N, C, H, W); lengths are in the units of the pixels.
+
+    Attributes:
+        step_kernel: a step in one pass, called as ``ops.linf_step``; None = there is none.
+        start_kernels: name of a start -> its law, projection and clean-start coin in one pass, as ``ops.random_start``.
+    """
+
+    step_kernel: Callable[..., torch.Tensor] | None
+    start_kernels: Mapping[str, Callable[..., torch.Tensor]]
+
+    def bounds(self, x: torch.Tensor, eps: torch.Tensor, low: float, high: float) -> Bounds:
+        """Return the feasible set around images, computed once per attack; ``eps`` is 0-dim."""
+
+    def project(self, adv: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """Return the point of ball and box that stands for ``adv``: inside exactly, idempotent, identity inside."""
+
+    def step(self, adv: torch.Tensor, grad: torch.Tensor, step_size: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """Return one step of steepest ascent, projected. A NaN gradient element moves nothing."""
+
+    def noise(self, x: torch.Tensor, eps: torch.Tensor, counters: Counters) -> torch.Tensor:
+        """Return what a "uniform" start adds to images."""
+
+    def size(self, delta: torch.Tensor) -> torch.Tensor:
+        """Return the (N,) lengths of differences (N, ...)."""
+
+    def rounding(self, pixels: int) -> float:
+        """Return by how much float32 images of so many numbers may seem to leave the ball."""
+
+
+_ROUNDING = 6e-8  # of one float32 near 1
+
+
 def radius(eps: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return ``eps`` as a 0-dim tensor of the dtype of ``like``, rounded towards zero, without host synchronisation.
 
@@ -41,39 +81,71 @@ def radius(eps: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.where(near.to(torch.float64) > wide, torch.nextafter(near, torch.zeros_like(near)), near)
 
 
-def _rounding_error(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Return (a + b) - total exactly, where ``total`` is the rounded a + b (Knuth's two-sum)."""
-    b_part = total - a
-    return (a - (total - b_part)) + (b - b_part)
+class Linf:
+    """Every element within eps of its own."""
+
+    step_kernel = staticmethod(ops.linf_step)
+    start_kernels: Mapping[str, Callable[..., torch.Tensor]] = {"uniform": ops.random_start}
+
+    def bounds(self, x: torch.Tensor, eps: torch.Tensor, low: float, high: float) -> Bounds:
+        """Return the tightest interval of representable numbers inside both [x - eps, x + eps] and [low, high].
+
+        Where x itself lies outside the box, the box wins.
+        """
+        return Bounds(*reference.linf_interval(x, eps, (low, high)), x, eps)
+
+    def project(self, adv: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """Return the nearest point of the interval (Madry et al. 2018, section 2)."""
+        return torch.minimum(torch.maximum(adv, bounds.lower), bounds.upper)
+
+    def step(self, adv: torch.Tensor, grad: torch.Tensor, step_size: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """Return one ascent step of the sign of the gradient, projected."""
+        return self.project(adv + step_size * reference.sign(grad, adv.dtype), bounds)
+
+    def noise(self, x: torch.Tensor, eps: torch.Tensor, counters: Counters) -> torch.Tensor:
+        """Return noise uniform in [-eps, eps) per element (Madry et al. 2018)."""
+        unit = counters.uniform(x[0].numel() if len(x) else 0).to(x.dtype)
+        return reference.uniform_noise(unit, eps).reshape(x.shape)
+
+    def size(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.flatten(1).abs().amax(1)
+
+    def rounding(self, pixels: int) -> float:
+        return _ROUNDING
 
 
-def linf_bounds(x: torch.Tensor, eps: torch.Tensor, low: float, high: float) -> Bounds:
-    """Return the tightest interval of representable numbers inside both [x - eps, x + eps] and [low, high].
+class L2:
+    """An image's whole difference within eps."""
 
-    x - eps rounds to nearest, which may fall outside the ball by half a unit in the last place; such bounds move one
-    number inwards. Where x itself lies outside the box, the box wins.
-    """
-    down = x - eps
-    down = torch.where(_rounding_error(x, -eps, down) > 0, torch.nextafter(down, x), down)
-    up = x + eps
-    up = torch.where(_rounding_error(x, eps, up) < 0, torch.nextafter(up, x), up)
-    return Bounds(down.clamp(low, high), up.clamp(low, high), x, eps)
+    step_kernel = staticmethod(ops.l2_step)
+    start_kernels: Mapping[str, Callable[..., torch.Tensor]] = {}
 
+    def bounds(self, x: torch.Tensor, eps: torch.Tensor, low: float, high: float) -> Bounds:
+        return Bounds(torch.full_like(eps, low), torch.full_like(eps, high), x, eps)
 
-def linf_project(adv: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-    """Return the nearest point of the interval (Madry et al. 2018, section 2)."""
-    return torch.minimum(torch.maximum(adv, bounds.lower), bounds.upper)
+    def project(self, adv: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """Return ``adv`` scaled into the L2 ball around its clean image, then clipped to the box; inside, unchanged."""
+        return reference.l2_project(adv, bounds.center, bounds.eps, bounds.lower, bounds.upper)
 
+    def step(self, adv: torch.Tensor, grad: torch.Tensor, step_size: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """Return one ascent step of length ``step_size`` along the gradient, projected (``ops.l2_step`` states it)."""
+        return reference.l2_step(adv, bounds.center, grad, bounds.eps, step_size, -1.0, bounds.lower, bounds.upper)
 
-def linf_step(adv: torch.Tensor, grad: torch.Tensor, step_size: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-    """Return one ascent step of the sign of the gradient, projected. A NaN gradient element moves nothing."""
-    sign = (grad > 0).to(adv.dtype) - (grad < 0).to(adv.dtype)  # 0 at NaN by comparison, whatever torch.sign does
-    return linf_project(adv + step_size * sign, bounds)
+    def noise(self, x: torch.Tensor, eps: torch.Tensor, counters: Counters) -> torch.Tensor:
+        """Return a Gaussian direction of length eps * r, r uniform in [0, 1).
 
+        This is the law of Pang et al.'s code; it is not the uniform law in the ball, whose radius would be
+        eps * r^(1/d).
+        """
+        normals = counters.normal(x[0].numel() if len(x) else 0).to(x.dtype)
+        share = counters.uniform(1, purpose=Purpose.START_RADIUS).to(x.dtype)
+        return (l2_direction(normals) * share * eps).reshape(x.shape)
 
-def l2_project(adv: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-    """Return ``adv`` scaled into the L2 ball around its clean image, then clipped to the box; inside, unchanged."""
-    return reference.l2_project(adv, bounds.center, bounds.eps, bounds.lower, bounds.upper)
+    def size(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.flatten(1).norm(dim=1)
+
+    def rounding(self, pixels: int) -> float:
+        return _ROUNDING * float(pixels**0.5)
 
 
 def l2_direction(grad: torch.Tensor) -> torch.Tensor:
@@ -83,6 +155,4 @@ def l2_direction(grad: torch.Tensor) -> torch.Tensor:
     return (finite / torch.where(norms > 0, norms, 1.0)).to(grad.dtype)
 
 
-def l2_step(adv: torch.Tensor, grad: torch.Tensor, step_size: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-    """Return one ascent step of length ``step_size`` along the gradient, projected (``ops.l2_step`` states it)."""
-    return reference.l2_step(adv, bounds.center, grad, bounds.eps, step_size, -1.0, bounds.lower, bounds.upper)
+LINF, L2_BALL = Linf(), L2()

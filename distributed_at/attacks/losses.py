@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from distributed_at.errors import ConfigError, did_you_mean
-
 
 class Goal(NamedTuple):
     """What an attack aims at.
@@ -21,15 +19,19 @@ class Goal(NamedTuple):
     Attributes:
         labels: (N,) int64, the true classes.
         targets: (N,) int64, the classes aimed at; None = untargeted.
-        reference: (N, K) log-probabilities of the clean images, for "kl" alone.
+        reference: (N, K) log-probabilities of the clean images, for losses that are measured from them.
+        soft_labels: (N, K) what each image stands for in place of its label; None = the label.
+        clean: (N, C, H, W) where each step is to look at the clean images anew for ``reference``.
     """
 
     labels: torch.Tensor
     targets: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    soft_labels: torch.Tensor | None = None
+    clean: torch.Tensor | None = None
 
 
-AttackLoss = Callable[[torch.Tensor, Goal], torch.Tensor]
+LossFunction = Callable[[torch.Tensor, Goal], torch.Tensor]
 
 
 def _at(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -43,9 +45,10 @@ def _largest_other(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
 
 
 def ce(logits: torch.Tensor, goal: Goal) -> torch.Tensor:
-    """Cross-entropy to the label (Madry et al. 2018, eq. 2.1), or minus that to the target (Xie & Yuille, section 3)."""
+    """Cross-entropy to the label, or the soft label (Madry et al. 2018, eq. 2.1); minus that to the target (Xie & Yuille, section 3)."""
     if goal.targets is None:
-        return F.cross_entropy(logits, goal.labels, reduction="none")
+        aim = goal.labels if goal.soft_labels is None else goal.soft_labels.to(logits.dtype)
+        return F.cross_entropy(logits, aim, reduction="none")
     return -F.cross_entropy(logits, goal.targets, reduction="none")
 
 
@@ -74,22 +77,3 @@ def dlr(logits: torch.Tensor, goal: Goal) -> torch.Tensor:
         return -(true - _largest_other(logits, goal.labels)) / (ranked[:, 0] - ranked[:, 2] + 1e-12)
     spread = ranked[:, 0] - 0.5 * (ranked[:, 2] + ranked[:, 3]) + 1e-12
     return -(true - _at(logits, goal.targets)) / spread
-
-
-LOSSES: dict[str, AttackLoss] = {"ce": ce, "kl": kl, "margin": margin, "dlr": dlr}
-
-
-def attack_loss(name: str, *, targeted: bool, num_classes: int | None = None) -> AttackLoss:
-    """Return the objective called ``name``.
-
-    Raises:
-        ConfigError: unknown name, "kl" with a target, or "dlr" with too few classes.
-    """
-    if name not in LOSSES:
-        raise ConfigError(f"attack.loss is {name!r}; allowed are {', '.join(LOSSES)}.{did_you_mean(name, LOSSES)}")
-    if name == "kl" and targeted:
-        raise ConfigError("attack.loss 'kl' compares with the clean prediction and has no target; use target 'none'")
-    needed = 4 if targeted else 3
-    if name == "dlr" and num_classes is not None and num_classes < needed:
-        raise ConfigError(f"attack.loss 'dlr' needs at least {needed} classes here, got {num_classes}; use 'margin'")
-    return LOSSES[name]

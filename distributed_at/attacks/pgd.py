@@ -9,47 +9,86 @@ It never touches weights' gradients, buffers, flags or generators, and never wai
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TypeVar, get_args
 
 import torch
 
 from distributed_at.attacks.balls import Bounds
-from distributed_at.attacks.iteration import Iteration, Model, at_least_float32, make_iteration
-from distributed_at.attacks.losses import LOSSES, AttackLoss, Goal, attack_loss
+from distributed_at.attacks.iteration import (
+    Gradient,
+    Iteration,
+    Model,
+    at_least_float32,
+    clean_logits,
+    functional_input_gradient,
+    input_gradient,
+    make_iteration,
+)
+from distributed_at.attacks.losses import Goal, LossFunction
 from distributed_at.attacks.modes import evaluation_mode
 from distributed_at.attacks.results import AttackResult, Trajectory
-from distributed_at.attacks.targets import FROM_LOGITS, RULES, TargetRule, choose_targets
-from distributed_at.attacks.threat import STARTS, StartKind, Threat, check_choice
+from distributed_at.attacks.targets import choose_targets
+from distributed_at.attacks.threat import Threat
+from distributed_at.attacks.updates import UpdateRule
+from distributed_at.catalogue.attacks import (
+    ATTACK_LOSSES,
+    ATTACK_STARTS,
+    ATTACK_TARGETS,
+    ATTACK_UPDATES,
+    STEP_RULES,
+    AttackLoss,
+    Start,
+    Target,
+    Update,
+)
 from distributed_at.config import AttackConfig
-from distributed_at.errors import ConfigError, DataError
+from distributed_at.config.attack import CleanStartScope, ReferenceForward, schedule_problem
+from distributed_at.errors import ConfigError, DataError, did_you_mean
+from distributed_at.registry import Registry
 from distributed_at.rng import EVALUATION_EPOCH
 
-StepRule = Literal["explicit", "at_least_eps_over_steps"]
-STEP_RULES = ("explicit", "at_least_eps_over_steps")
-SCOPES = ("sample", "group")
+T = TypeVar("T")
+
+
+def _entry(registry: Registry[T], value: str | T) -> T:
+    """Return the entry that a name, or an entry itself, stands for."""
+    return registry[value] if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class PGD:
     """PGD in a ball cut with the pixel box. All lengths are in [0, 1] pixel units.
 
+    ``loss``, ``target``, ``start`` and ``update`` are names of ``catalogue/attacks.py``, or entries of its types made on
+    the spot: ``loss=AttackLoss(title="mine", source="", function=my_loss)``.
+
     Attributes:
         threat: ball and box.
         num_steps: gradient steps of one restart; 0 returns the projected start.
         step_size: length of a step: per element for linf, of the whole image's vector for l2.
-        step_rule: "at_least_eps_over_steps" uses max(step_size, threat.eps / num_steps), as Xie & Yuille's code does
-            (Xie & Yuille's code). The step does not follow an ``eps`` given per call: warm-up changes the radius alone.
-        start: "uniform", "zero" or "gaussian"; the laws stand at ``Threat.random_start``.
+        step_rule: "at_least_eps_over_steps" uses max(step_size, threat.eps / num_steps), as Xie & Yuille's code does.
+            The step does not follow an ``eps`` given per call: warm-up changes the radius alone.
+        step_schedule: (step, factor) pairs: from that step on, counted from 0, steps are ``factor`` times as long, and
+            factors multiply. Gowal et al.'s code: ((5, 0.1),).
+        update: "steepest", the ball's own step; or "adam".
+        start: "uniform", "zero" or "gaussian"; the laws stand in ``starts.py`` and ``balls.py``.
         start_std: standard deviation of "gaussian" (TRADES: 0.001).
         clip_start: clip the start to the box (Xie & Yuille's and TRADES' codes do not).
         start_clean_probability: share of images, or groups, that start at the clean image.
         start_clean_scope: one coin per "sample" or per "group" (of ``group_ids``).
         loss: "ce", "kl", "margin" or "dlr".
+        reference_forward: a loss measured from the clean prediction takes it "once" a call, or looks at the clean images
+            anew at "each_step", after the adversarial ones, as TRADES' code; with statistics that move, the two differ.
         target: how target classes are chosen, once a call and the same in all restarts; "none" = untargeted.
         restarts: runs with fresh starts; per image the best is kept, by misclassification, then by loss.
+        final_forward: look at the images once more after the steps of each restart, as Pang et al.'s and Rice et al.'s
+            codes do: it matters where forwards move statistics.
+        early_stop: an image is moved no more once so many of the attack's forwards, the start's being the first, gave it
+            another class than its label (Zhang et al., "Friendly AT", 2020, algorithm 1: tau + 1); None = never.
         first_draw: number of the first restart among the starts that counters give; restart r uses first_draw + r.
         num_classes: needed for random targets.
         loss_scale: power of two on the summed loss that keeps 16-bit gradients from underflowing (Xie & Yuille: 128).
+        gradient: what finds the gradient; None = autograd. An estimate from queries alone makes it a black-box attack.
         check_input: refuse images outside the box, before the loop (this waits for the device once).
         fused: use the compiled kernels where they exist; the bits are the same (l2: to 2^-22). Off, nothing is compiled.
     """
@@ -57,28 +96,36 @@ class PGD:
     threat: Threat
     num_steps: int
     step_size: float
-    step_rule: StepRule = "explicit"
-    start: StartKind = "uniform"
+    step_rule: str = "explicit"
+    step_schedule: tuple[tuple[int, float], ...] = ()
+    update: str | Update = "steepest"
+    start: str | Start = "uniform"
     start_std: float = 0.001
     clip_start: bool = True
     start_clean_probability: float = 0.0
-    start_clean_scope: Literal["sample", "group"] = "sample"
-    loss: str = "ce"
-    target: TargetRule = "none"
+    start_clean_scope: CleanStartScope = "sample"
+    loss: str | AttackLoss = "ce"
+    reference_forward: ReferenceForward = "once"
+    target: str | Target = "none"
     restarts: int = 1
+    final_forward: bool = False
+    early_stop: int | None = None
     first_draw: int = 0
     num_classes: int | None = None
     loss_scale: float = 1.0
+    gradient: Gradient | None = None
     check_input: bool = True
     fused: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("step_rule", self.step_rule, STEP_RULES)
-        check_choice("start", self.start, STARTS)
-        check_choice("start_clean_scope", self.start_clean_scope, SCOPES)
-        check_choice("loss", self.loss, tuple(LOSSES))
-        check_choice("target", self.target, RULES)
-        attack_loss(self.loss, targeted=self.target != "none", num_classes=self.num_classes)
+        STEP_RULES[self.step_rule]
+        _check_literal("start_clean_scope", self.start_clean_scope, get_args(CleanStartScope))
+        _check_literal("reference_forward", self.reference_forward, get_args(ReferenceForward))
+        start, target, loss = self._start_entry, self._target_entry, self._loss_entry
+        refusal = loss.refuse(loss_name(self.loss), targeted=target.targeted, num_classes=self.num_classes)
+        if refusal is not None:
+            raise ConfigError(f"attack.{refusal}")
+        _entry(ATTACK_UPDATES, self.update)
         if self.num_steps < 0:
             raise ConfigError(f"num_steps must be at least 0, got {self.num_steps}")
         if not self.step_size > 0:
@@ -89,10 +136,19 @@ class PGD:
             raise ConfigError(f"first_draw must be at least 0, got {self.first_draw}")
         if not 0 <= self.start_clean_probability <= 1:
             raise ConfigError(f"start_clean_probability must be in [0, 1], got {self.start_clean_probability}")
-        if self.target.startswith("random") and self.num_classes is None:
+        if self.early_stop is not None and self.early_stop < 1:
+            raise ConfigError(
+                f"early_stop counts forwards and must be at least 1, or None for never, got {self.early_stop}"
+            )
+        problem = schedule_problem(self.step_schedule)
+        if problem is not None:
+            raise ConfigError(problem)
+        if target.at_random and self.num_classes is None:
             raise ConfigError(f"target {self.target!r} draws among classes: give num_classes")
-        if self.loss == "kl" and (self.start == "zero" or self.start_clean_probability > 0):
-            raise ConfigError("loss 'kl' has zero gradient at the clean image: start must be 'gaussian' or 'uniform'")
+        if loss.from_clean and (start.clean or self.start_clean_probability > 0):
+            raise ConfigError(
+                f"loss {loss_name(self.loss)!r} has zero gradient at the clean image: start must be 'gaussian' or 'uniform'"
+            )
 
     @classmethod
     def from_config(
@@ -104,14 +160,19 @@ class PGD:
             num_steps=config.num_steps,
             step_size=config.step_size / 255.0,
             step_rule=config.step_rule,
+            step_schedule=config.step_schedule,
+            update=config.update,
             start=config.start,
             start_std=config.start_std,
             clip_start=config.clip_start,
             start_clean_probability=config.start_clean_probability,
             start_clean_scope=config.start_clean_scope,
             loss=config.loss,
+            reference_forward="each_step" if config.looks_again else "once",
             target=config.target,
             restarts=config.restarts,
+            final_forward=config.looks_last,
+            early_stop=config.early_stop,
             num_classes=num_classes,
             loss_scale=128.0 if config.dtype == "fp16" else 1.0,
             check_input=check_input,
@@ -120,20 +181,65 @@ class PGD:
 
     @property
     def effective_step_size(self) -> float:
-        """The step after ``step_rule``, in [0, 1] pixel units."""
-        if self.step_rule == "at_least_eps_over_steps" and self.num_steps:
-            return max(self.step_size, self.threat.eps / self.num_steps)
-        return self.step_size
+        """The first step after ``step_rule``, in [0, 1] pixel units; ``step_schedule`` changes later ones."""
+        return STEP_RULES[self.step_rule].size(self.step_size, self.threat.eps, self.num_steps)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the update rule keeps something from step to step, so that an iteration gives the gradient alone."""
+        return self._rule() is not None
 
     def iteration(self, model: Model, *, functional: bool = False) -> Iteration:
         """Return this attack's one iteration on ``model`` as a pure function, to be compiled and handed to perturb."""
+        autograd = functional_input_gradient if functional else input_gradient
         return make_iteration(
             model,
-            self.threat,
-            self._loss(),
+            self.objective,
+            None if self.keeps_state else self.threat.stepper(fused=self.fused),
+            gradient=self.gradient or autograd,
             loss_scale=self.loss_scale,
-            functional=functional,
-            fused=self.fused,
+        )
+
+    @property
+    def takes_soft_labels(self) -> bool:
+        """Whether the loss can be measured from a distribution over classes."""
+        return self._loss_entry.soft_labels
+
+    @property
+    def objective(self) -> LossFunction:
+        """What is maximised: (logits (N, K) float32 or wider, ``Goal``) -> (N,)."""
+        return self._loss_entry.load()
+
+    def goal(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        sample_ids: torch.Tensor,
+        epoch: int = EVALUATION_EPOCH,
+        seed: int = 0,
+        targets: torch.Tensor | None = None,
+        soft_labels: torch.Tensor | None = None,
+    ) -> Goal:
+        """Return what the attack aims at, as ``perturb`` does: targets and the clean prediction, once a call.
+
+        Where ``reference_forward`` is "each_step", the goal holds the clean images in place of their prediction.
+        """
+        loss, rule = self._loss_entry, self._target_entry
+        again = loss.from_clean and self.reference_forward == "each_step"
+        choosing = targets is None and rule.from_logits
+        once = loss.from_clean and not again
+        clean = clean_logits(model, x) if choosing or once else None
+        if targets is None:
+            classes = self.num_classes if clean is None else clean.shape[1]
+            targets = choose_targets(rule, y, classes or 0, seed=seed, epoch=epoch, sample_ids=sample_ids, logits=clean)
+        return Goal(
+            labels=y,
+            targets=targets,
+            reference=torch.log_softmax(clean, dim=1) if once and clean is not None else None,
+            soft_labels=soft_labels,
+            clean=x if again else None,
         )
 
     def perturb(
@@ -147,6 +253,8 @@ class PGD:
         seed: int = 0,
         group_ids: torch.Tensor | None = None,
         eps: float | torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        soft_labels: torch.Tensor | None = None,
         iteration: Iteration | None = None,
     ) -> torch.Tensor:
         """Return adversarial images (N, C, H, W), detached, inside ball and box; with one restart, the last iterate.
@@ -160,12 +268,17 @@ class PGD:
             epoch, seed: the other keys.
             group_ids: (N,) int64, needed where ``start_clean_scope`` is "group" and its probability above 0.
             eps: radius of this call in place of ``threat.eps``, a float or a 0-dim tensor (eps warm-up).
+            targets: (N,) int64 classes to aim at, in place of the rule ``target``.
+            soft_labels: (N, K) distributions in place of the labels, for losses that take them; whether an image is
+                still right is judged by ``y``.
             iteration: a compiled form of ``self.iteration(model)``.
 
         Raises:
             DataError: shapes, dtypes or pixels that cannot be attacked.
         """
-        result = self._attack(model, x, y, sample_ids, epoch, seed, group_ids, eps, iteration, (), self.restarts > 1)
+        result = self._attack(
+            model, x, y, sample_ids, epoch, seed, group_ids, eps, targets, soft_labels, iteration, (), self.restarts > 1
+        )
         return result if isinstance(result, torch.Tensor) else result.adv
 
     def perturb_with_info(
@@ -179,6 +292,8 @@ class PGD:
         seed: int = 0,
         group_ids: torch.Tensor | None = None,
         eps: float | torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        soft_labels: torch.Tensor | None = None,
         iteration: Iteration | None = None,
         checkpoints: tuple[int, ...] = (),
     ) -> AttackResult:
@@ -189,7 +304,9 @@ class PGD:
         """
         if list(checkpoints) != sorted(set(checkpoints)) or not all(0 <= c <= self.num_steps for c in checkpoints):
             raise ConfigError(f"checkpoints must rise and lie in [0, num_steps = {self.num_steps}], got {checkpoints}")
-        result = self._attack(model, x, y, sample_ids, epoch, seed, group_ids, eps, iteration, checkpoints, True)
+        result = self._attack(
+            model, x, y, sample_ids, epoch, seed, group_ids, eps, targets, soft_labels, iteration, checkpoints, True
+        )
         assert isinstance(result, AttackResult)
         return result
 
@@ -203,15 +320,19 @@ class PGD:
         seed: int,
         group_ids: torch.Tensor | None,
         eps: float | torch.Tensor | None,
+        targets: torch.Tensor | None,
+        soft_labels: torch.Tensor | None,
         iteration: Iteration | None,
         checkpoints: tuple[int, ...],
         judge: bool,
     ) -> torch.Tensor | AttackResult:
-        x = self._checked(x, y, sample_ids, group_ids)
+        x = self._checked(x, y, sample_ids, group_ids, targets, soft_labels)
         ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
         coin_ids = group_ids if self.start_clean_scope == "group" else None
         with torch.inference_mode(False), torch.no_grad(), evaluation_mode(model):
-            goal = self._goal(model, x, y, epoch=epoch, seed=seed, sample_ids=ids)
+            goal = self.goal(
+                model, x, y, sample_ids=ids, epoch=epoch, seed=seed, targets=targets, soft_labels=soft_labels
+            )
             bounds = self.threat.bounds(x, eps=eps)
             iterate = iteration if iteration is not None else self.iteration(model)
             best: AttackResult | None = None
@@ -232,6 +353,8 @@ class PGD:
                 )
                 adv, seen = self._descend(iterate, adv, bounds, goal, set(checkpoints))
                 if not judge:
+                    if self.final_forward:
+                        model(adv)
                     return adv
                 found = self._judge(model, adv, goal, seen, checkpoints)
                 best = found if best is None else best.better_of(found)
@@ -242,12 +365,29 @@ class PGD:
         self, iterate: Iteration, adv: torch.Tensor, bounds: Bounds, goal: Goal, record: set[int]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Make the steps; return the last iterate and the logits at the recorded numbers of steps."""
-        step_size = torch.full((), self.effective_step_size, dtype=adv.dtype, device=adv.device)
+        rule, ball = self._rule(), self.threat.ball
+        state = None if rule is None else rule.begin(adv)
+        factors = dict(self.step_schedule)
+        length = self.effective_step_size
+        step_size = torch.full((), length, dtype=adv.dtype, device=adv.device)
+        wrong = torch.zeros(len(adv), dtype=torch.int64, device=adv.device)
         seen: dict[int, torch.Tensor] = {}
         for done in range(self.num_steps):
-            adv, logits = iterate(adv, step_size, bounds, goal)
+            if done in factors:
+                length *= factors[done]
+                step_size = torch.full((), length, dtype=adv.dtype, device=adv.device)
+            # not the images themselves, but the gradient, where the rule keeps a state
+            moved, logits = iterate(adv, step_size, bounds, goal)
+            if rule is not None:
+                grad = moved if self.loss_scale == 1.0 else moved / self.loss_scale
+                moved, state = rule.step(adv, grad, state, step_size=length, bounds=bounds, ball=ball)
+            if self.early_stop is not None:
+                wrong += logits.argmax(dim=1) != goal.labels
+                moving = (wrong < self.early_stop).view(-1, *([1] * (adv.dim() - 1)))
+                moved = torch.where(moving, moved, adv)
             if done in record:
                 seen[done] = logits  # of the image before this step, so after ``done`` steps
+            adv = moved
         return adv, seen
 
     def _judge(
@@ -259,18 +399,20 @@ class PGD:
         checkpoints: tuple[int, ...],
     ) -> AttackResult:
         logits = model(adv)
+        if goal.clean is not None:
+            goal = goal._replace(reference=torch.log_softmax(clean_logits(model, goal.clean), dim=1))
         trajectory = None
         if checkpoints:
             along = [at_least_float32(seen.get(c, logits)) for c in checkpoints]
             trajectory = Trajectory(
                 checkpoints=checkpoints,
                 correct=torch.stack([z.argmax(dim=1) == goal.labels for z in along]),
-                loss=torch.stack([self._loss()(z, goal) for z in along]),
+                loss=torch.stack([self.objective(z, goal) for z in along]),
             )
         predictions = logits.argmax(dim=1)
         return AttackResult(
             adv=adv,
-            loss=self._loss()(at_least_float32(logits), goal),
+            loss=self.objective(at_least_float32(logits), goal),
             correct=predictions == goal.labels,
             predictions=predictions,
             targets=goal.targets,
@@ -278,22 +420,20 @@ class PGD:
             trajectory=trajectory,
         )
 
-    def _goal(
-        self, model: Model, x: torch.Tensor, y: torch.Tensor, *, epoch: int, seed: int, sample_ids: torch.Tensor
-    ) -> Goal:
-        """Choose targets and, for "kl", the clean log-probabilities: once a call, never once an iteration."""
-        clean = None
-        if self.target in FROM_LOGITS or self.loss == "kl":
-            clean = at_least_float32(model(x))
-        classes = self.num_classes if clean is None else clean.shape[1]
-        targets = choose_targets(
-            self.target, y, classes or 0, seed=seed, epoch=epoch, sample_ids=sample_ids, logits=clean
-        )
-        reference = torch.log_softmax(clean, dim=1) if self.loss == "kl" and clean is not None else None
-        return Goal(labels=y, targets=targets, reference=reference)
+    @property
+    def _loss_entry(self) -> AttackLoss:
+        return _entry(ATTACK_LOSSES, self.loss)
 
-    def _loss(self) -> AttackLoss:
-        return LOSSES[self.loss]
+    @property
+    def _target_entry(self) -> Target:
+        return _entry(ATTACK_TARGETS, self.target)
+
+    @property
+    def _start_entry(self) -> Start:
+        return _entry(ATTACK_STARTS, self.start)
+
+    def _rule(self) -> UpdateRule | None:
+        return _entry(ATTACK_UPDATES, self.update).load()
 
     def _checked(
         self,
@@ -301,6 +441,8 @@ class PGD:
         y: torch.Tensor,
         sample_ids: torch.Tensor | None,
         group_ids: torch.Tensor | None,
+        targets: torch.Tensor | None,
+        soft_labels: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the images detached, or raise a DataError that says what is wrong with them."""
         if x.dtype not in (torch.float32, torch.float64):
@@ -308,10 +450,27 @@ class PGD:
                 f"images are {x.dtype}; the attack works on float32 or float64 in {self.threat.box} "
                 "(uint8: divide by 255; 16 bits: autocast inside the model)"
             )
-        for name, value in (("labels", y), ("sample_ids", sample_ids), ("group_ids", group_ids)):
+        rows = (("labels", y), ("sample_ids", sample_ids), ("group_ids", group_ids), ("targets", targets))
+        for name, value in rows:
             if value is not None and (value.dtype != torch.int64 or value.shape != x.shape[:1]):
                 raise DataError(
                     f"{name} must be ({len(x)},) int64, one an image, got {tuple(value.shape)} {value.dtype}"
+                )
+        loss = self._loss_entry
+        if targets is not None:
+            refusal = loss.refuse(loss_name(self.loss), targeted=True, num_classes=self.num_classes)
+            if refusal is not None:
+                raise ConfigError(f"attack.{refusal}")
+        if soft_labels is not None:
+            if not loss.soft_labels:
+                able = [name for name in ATTACK_LOSSES if ATTACK_LOSSES[name].soft_labels]
+                raise ConfigError(
+                    f"attack.loss {loss_name(self.loss)!r} is measured from one class an image, not from soft labels; "
+                    f"losses that take them: {', '.join(able)}"
+                )
+            if soft_labels.dim() != 2 or len(soft_labels) != len(x) or not soft_labels.is_floating_point():
+                raise DataError(
+                    f"soft_labels must be ({len(x)}, classes) float, got {tuple(soft_labels.shape)} {soft_labels.dtype}"
                 )
         if self.start_clean_scope == "group" and self.start_clean_probability > 0 and group_ids is None:
             raise DataError("start_clean_scope 'group' draws one coin a BN group: give group_ids")
@@ -325,3 +484,13 @@ class PGD:
                 )
         x = x.detach()
         return x.clone() if x.is_inference() else x
+
+
+def loss_name(loss: str | AttackLoss) -> str:
+    """Return what messages call a loss."""
+    return loss if isinstance(loss, str) else loss.title
+
+
+def _check_literal(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{field} is {value!r}; allowed are {', '.join(allowed)}.{did_you_mean(value, allowed)}")

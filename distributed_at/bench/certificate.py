@@ -13,10 +13,9 @@ from distributed_at.config import AttackConfig, RunConfig
 
 FORMAT = 2
 KIND = "attack precision certificate"
-# what makes an attack another one; its precision, its compilation and its warm-up do not
-_ATTACK_FIELDS = (
-    "norm", "eps", "num_steps", "step_size", "step_rule", "start", "target", "loss", "restarts", "bn_mode", "branch",
-)  # fmt: skip
+# what does not make an attack another one: precision, compilation and warm-up
+_OF_HOW = ("dtype", "compile", "cuda_graph", "precision_certificate", "eps_warmup_epochs", "eps_warmup_form")
+_ATTACK_FIELDS = tuple(name for name in AttackConfig.model_fields if name not in _OF_HOW)
 _CURE = "make it with: distributed-at bench precision RUN"
 
 
@@ -45,7 +44,9 @@ def check_certificate(path: Path, config: RunConfig, attack: AttackConfig) -> tu
     if other := _differences(wanted, found, tuple(wanted)):
         return "certificate_of_another_network", f"{path} is of run {document['run']}, whose {other}"
     wanted = attack.model_dump(mode="json")
-    if other := _differences(wanted, document["attack"], _ATTACK_FIELDS):
+    # a certificate of an earlier version lacks what attacks could not be then
+    defaults = AttackConfig(eps=0, num_steps=0, step_size=1).model_dump(mode="json")
+    if other := _differences(wanted, {**defaults, **document["attack"]}, _ATTACK_FIELDS):
         return "certificate_of_another_attack", f"{path} is of run {document['run']}, whose attack's {other}"
     return _verdict(path, document, attack.dtype)
 

@@ -15,8 +15,7 @@ from torch import nn
 
 from distributed_at.attacks import PGD
 from distributed_at.attacks.iteration import input_gradient
-from distributed_at.attacks.losses import LOSSES, Goal
-from distributed_at.attacks.targets import choose_targets
+from distributed_at.attacks.losses import Goal
 from distributed_at.bench.certificate import FORMAT, KIND
 from distributed_at.config import AttackConfig
 from distributed_at.engine.twin.twin import Twin
@@ -101,13 +100,16 @@ class PrecisionTest:
     def __init__(
         self, network: nn.Module, config: AttackConfig, *, num_classes: int, seed: int, precisions: tuple[str, ...]
     ) -> None:
-        self._num_classes, self._seed, self._config = num_classes, seed, config
+        self._seed, self._config = seed, config
         bn_mode = "batch" if config.bn_mode == "train" else config.bn_mode
         self._attacks: dict[str, tuple[PGD, Twin]] = {}
         for precision in ("fp32", *(p for p in precisions if p != "fp32")):
             dtype = precision if precision in ("bf16", "fp16") else "fp32"
             attack = PGD.from_config(config.model_copy(update={"dtype": dtype}), num_classes=num_classes)
             self._attacks[precision] = attack, Twin(network, bn_mode=bn_mode, branch=config.branch, dtype=dtype)
+        # statistics stand still here, so one look at the clean images is as good as one a step
+        once = config.model_copy(update={"reference_forward": "once", "dtype": "fp32"})
+        self._attack = PGD.from_config(once, num_classes=num_classes)
         judge = Twin(network, bn_mode="eval", branch=config.branch, fold=False, channels_last=False)
         self._judge = judge
         self._seen = {precision: _Seen() for precision in self._attacks}
@@ -139,20 +141,14 @@ class PrecisionTest:
             with tf32(False), torch.no_grad():
                 logits = self._judge(adv).float()
                 seen.correct.append((logits.argmax(dim=1) == y).cpu().numpy())
-                seen.loss.append(LOSSES[self._config.loss](logits, goal).cpu().numpy())
+                seen.loss.append(self._attack.objective(logits, goal).cpu().numpy())
 
     def _goal(self, x: torch.Tensor, y: torch.Tensor, sample_ids: torch.Tensor) -> Goal:
         with tf32(False), torch.no_grad():
-            clean = self._judge(x).float()
-        targets = choose_targets(
-            self._config.target, y, self._num_classes, seed=self._seed, epoch=EVALUATION_EPOCH,
-            sample_ids=sample_ids, logits=clean,
-        )  # fmt: skip
-        return Goal(labels=y, targets=targets, reference=torch.log_softmax(clean, dim=1))
+            return self._attack.goal(self._judge, x, y, sample_ids=sample_ids, epoch=EVALUATION_EPOCH, seed=self._seed)
 
     def _gradient(self, attack: PGD, twin: Twin, at: torch.Tensor, goal: Goal) -> torch.Tensor:
-        loss = LOSSES[self._config.loss]
-        return input_gradient(twin, loss, at, goal, loss_scale=attack.loss_scale)[0]
+        return input_gradient(twin, attack.objective, at, goal, loss_scale=attack.loss_scale)[0]
 
     def rows(self) -> list[Row]:
         """Return one row a precision, 'fp32' first.

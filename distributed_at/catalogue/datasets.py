@@ -45,6 +45,7 @@ _FETCH = f"{_DATA}.download"
 DATASETS: Registry[Dataset] = Registry(
     "data set",
     field="data.dataset",
+    entry=Dataset,
     builtin={
         # one set of 1797, of which 360 are always the test set
         "digits": Dataset(

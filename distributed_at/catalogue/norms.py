@@ -36,6 +36,7 @@ class Norm:
 NORMS: Registry[Norm] = Registry(
     "norm",
     field="model.norm",
+    entry=Norm,
     builtin={
         "bn": Norm(
             title="batch norm", label="BN", layer="distributed_at.models.norm:make_batch_norm", running_statistics=True

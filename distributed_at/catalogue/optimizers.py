@@ -51,6 +51,7 @@ _BUILD = "distributed_at.engine.optimizers"
 OPTIMIZERS: Registry[Optimizer] = Registry(
     "optimiser",
     field="optimizer.name",
+    entry=Optimizer,
     builtin={
         "sgd": Optimizer(
             title="SGD with momentum",

@@ -38,6 +38,7 @@ _RATES = "distributed_at.engine.schedules"
 SCHEDULES: Registry[Schedule] = Registry(
     "schedule",
     field="schedule.name",
+    entry=Schedule,
     builtin={
         "constant": Schedule(title="one rate", rate=f"{_RATES}:constant", changes_throughout=False),
         "piecewise": Schedule(

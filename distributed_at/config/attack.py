@@ -2,36 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from distributed_at.catalogue.attacks import (
+    ATTACK_LOSSES,
+    ATTACK_STARTS,
+    ATTACK_TARGETS,
+    ATTACK_UPDATES,
+    BALLS,
+    STEP_RULES,
+)
 from distributed_at.config.base import AttackDtype, BnMode, Branch, Pixels, Strict
+from distributed_at.config.choice import Choice
 
-REFERENCE_LOSSES = ("kl",)  # measured from the clean prediction, not from the label
+CleanStartScope = Literal["sample", "group"]
+ReferenceForward = Literal["once", "each_step"]
 
 
 class AttackConfig(Strict):
     """The training attack, or one evaluation's. eps and step_size are in /255."""
 
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Annotated[str, Choice(BALLS)] = "linf"
     eps: Pixels = Field(ge=0, description="radius of the ball, /255")
     num_steps: int = Field(ge=0)
     step_size: Pixels = Field(gt=0, description="step, /255")
-    step_rule: Literal["explicit", "at_least_eps_over_steps"] = Field(
+    step_rule: Annotated[str, Choice(STEP_RULES)] = Field(
         default="explicit",
         description="'at_least_eps_over_steps' = max(step_size, eps / num_steps) (Xie & Yuille's code)",
     )
-    start: Literal["uniform", "zero", "gaussian"] = "uniform"
+    step_schedule: tuple[tuple[int, float], ...] = Field(
+        default=(),
+        description="[[step, factor], ...]: from that step on, steps are so many times as long (Gowal et al.'s code: "
+        "[[5, 0.1]])",
+    )
+    update: Annotated[str, Choice(ATTACK_UPDATES)] = "steepest"
+    start: Annotated[str, Choice(ATTACK_STARTS)] = "uniform"
     start_std: float = Field(default=0.001, gt=0, description="of the 'gaussian' start, [0, 1] units (TRADES)")
     clip_start: bool = Field(default=True, description="clip the start to the pixel box; Xie's code and TRADES do not")
     start_clean_probability: float = Field(default=0.0, ge=0, le=1)
-    start_clean_scope: Literal["sample", "group"] = Field(
+    start_clean_scope: CleanStartScope = Field(
         default="sample", description="one coin per image, or per BN group (Xie & Yuille's code)"
     )
-    target: Literal["none", "random_other", "random_any", "most_confusing", "least_likely"] = "none"
-    loss: Literal["ce", "kl", "margin", "dlr"] = "ce"
+    target: Annotated[str, Choice(ATTACK_TARGETS)] = "none"
+    loss: Annotated[str, Choice(ATTACK_LOSSES)] = "ce"
+    reference_forward: ReferenceForward = Field(
+        default="once",
+        description="of losses measured from the clean prediction; 'each_step' looks at the clean images in every step, "
+        "as TRADES' code, which moves statistics where bn_mode is train",
+    )
     restarts: int = Field(default=1, ge=1)
+    final_forward: bool = Field(
+        default=False,
+        description="one more forward after the steps, as Pang et al.'s and Rice et al.'s codes, which moves statistics "
+        "where bn_mode is train",
+    )
+    early_stop: int | None = Field(
+        default=None,
+        ge=1,
+        description="an image is moved no more once so many of the attack's forwards misclassified it (Friendly AT: tau + 1)",
+    )
     bn_mode: BnMode = Field(
         default="eval",
         description="BN during the attack: running statistics, batch statistics, or batch statistics that also update the running ones",
@@ -48,30 +79,67 @@ class AttackConfig(Strict):
 
     @model_validator(mode="after")
     def _sense(self) -> AttackConfig:
+        ball, loss, start = BALLS[self.norm], ATTACK_LOSSES[self.loss], ATTACK_STARTS[self.start]
         if 0 < self.eps < 1:
             raise ValueError(
                 f"eps is in /255 units, and {self.eps:g}/255 is below one grey level; "
                 f"for {self.eps:g} in [0, 1] units write eps: {self.eps * 255:g}"
             )
-        if self.norm == "linf" and self.eps > 255:
-            raise ValueError(f"eps is in /255 units, at most 255 for linf, got {self.eps:g}")
-        if self.loss == "kl" and self.target != "none":
+        if ball.per_pixel and self.eps > 255:
+            raise ValueError(f"eps is in /255 units, at most 255 for {self.norm}, got {self.eps:g}")
+        refusal = loss.refuse(self.loss, targeted=ATTACK_TARGETS[self.target].targeted)
+        if refusal is not None:
+            raise ValueError(refusal)
+        if self.reference_forward != "once" and not loss.from_clean:
+            measured = [name for name in ATTACK_LOSSES if ATTACK_LOSSES[name].from_clean]
             raise ValueError(
-                "loss 'kl' compares with the clean prediction and has no target; use target: none, or loss: ce"
+                f"reference_forward '{self.reference_forward}' is of losses measured from the clean prediction "
+                f"({', '.join(measured)}); loss is '{self.loss}'"
             )
-        if self.norm == "linf" and self.num_steps and 0 < self.eps < self.step_size / 4:
+        if ball.per_pixel and self.num_steps and 0 < self.eps < self.step_size / 4:
             raise ValueError(
                 f"step_size {self.step_size:g}/255 is more than four times eps {self.eps:g}/255; both are in /255"
             )
-        if self.start == "gaussian" and self.start_clean_probability > 0:
+        if not start.mixes and self.start_clean_probability > 0:
+            mixing = [name for name in ATTACK_STARTS if ATTACK_STARTS[name].mixes]
             raise ValueError(
-                "start_clean_probability needs start: uniform or zero; the gaussian start is already near the clean image"
+                f"start_clean_probability needs start: {' or '.join(mixing)}; the {self.start} start is already near the "
+                "clean image"
             )
+        problem = schedule_problem(self.step_schedule)
+        if problem is not None:
+            raise ValueError(problem)
         return self
+
+    def step_sizes(self) -> list[float]:
+        """Return every step in /255, after ``step_rule`` and ``step_schedule``."""
+        size, factors, found = self.effective_step_size, dict(self.step_schedule), []
+        for step in range(self.num_steps):
+            size *= factors.get(step, 1.0)
+            found.append(size)
+        return found
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether each step looks at the clean images anew: only where that moves statistics, as nothing else would change."""
+        return self.reference_forward == "each_step" and self.bn_mode == "train"
+
+    @property
+    def looks_last(self) -> bool:
+        """Whether the attack ends with one more forward: only where that moves statistics, as nothing else would change."""
+        return self.final_forward and self.bn_mode == "train"
 
     @property
     def effective_step_size(self) -> float:
-        """Step in /255 after ``step_rule``."""
-        if self.step_rule == "at_least_eps_over_steps" and self.num_steps:
-            return max(self.step_size, self.eps / self.num_steps)
-        return self.step_size
+        """First step in /255 after ``step_rule``."""
+        return STEP_RULES[self.step_rule].size(self.step_size, self.eps, self.num_steps)
+
+
+def schedule_problem(schedule: tuple[tuple[int, float], ...]) -> str | None:
+    """Return what is wrong with a ``step_schedule``, as a sentence."""
+    steps = [step for step, _ in schedule]
+    if steps != sorted(set(steps)) or any(step < 1 for step in steps):
+        return f"step_schedule: its steps must rise from 1 on, got {steps}"
+    if any(not 0 < factor < float("inf") for _, factor in schedule):
+        return f"step_schedule: its factors must be above 0, got {[factor for _, factor in schedule]}"
+    return None

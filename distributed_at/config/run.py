@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from distributed_at.catalogue.attacks import ATTACK_LOSSES
 from distributed_at.catalogue.norms import NORMS
-from distributed_at.config.attack import REFERENCE_LOSSES, AttackConfig
+from distributed_at.config.attack import AttackConfig
 from distributed_at.config.base import PaperConfig, Strict
 from distributed_at.config.choice import Section
 from distributed_at.config.data import DataConfig
@@ -129,7 +130,7 @@ class RunConfig(Strict):
         if refusal is not None:
             raise ValueError(refusal)
         loss = self.attack.loss if self.attack is not None else "ce"
-        if loss in REFERENCE_LOSSES and loss not in objective.attack_losses:
+        if ATTACK_LOSSES[loss].from_clean and loss not in objective.attack_losses:
             fitting = [other for other in OBJECTIVES if loss in OBJECTIVES[other].attack_losses]
             raise ValueError(
                 f"attack.loss '{loss}' is measured from the clean prediction and belongs to objectives that train on it "

@@ -216,6 +216,7 @@ class Trainer:
                     seed=self.config.seed,
                     group_ids=batch.group_ids,
                     eps=p.schedules.eps(step) / 255.0,
+                    soft_labels=batch.soft_labels if p.attack.takes_soft_labels else None,
                     iteration=iteration,
                 )
         with self._clock.section("train"):

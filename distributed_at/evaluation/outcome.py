@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from distributed_at.attacks.threat import Norm, Threat
+from distributed_at.attacks.threat import Threat
+from distributed_at.catalogue.attacks import BALLS
 from distributed_at.errors import UserError
 
 
@@ -15,12 +16,11 @@ class ThreatViolationError(UserError):
 
 
 def perturbation_size(adv: torch.Tensor, x: torch.Tensor, *, norm: str) -> torch.Tensor:
-    """Return the (N,) float64 size of ``adv - x`` in the norm ``linf`` or ``l2``."""
-    delta = (adv.double() - x.double()).flatten(1)
-    return delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    """Return the (N,) float64 size of ``adv - x`` in a norm: ``linf``, ``l2`` …"""
+    return BALLS[norm].load().size(adv.double() - x.double())
 
 
-def inside_ball(adv: torch.Tensor, x: torch.Tensor, *, eps: float, norm: Norm) -> torch.Tensor:
+def inside_ball(adv: torch.Tensor, x: torch.Tensor, *, eps: float, norm: str) -> torch.Tensor:
     """Return ``adv`` with its last rounding errors removed, so that ball and pixel box hold in float32.
 
     A float32 image near 1 cannot state a distance better than 6e-8, so attacks leave the ball by that much even where
@@ -34,8 +34,7 @@ def inside_ball(adv: torch.Tensor, x: torch.Tensor, *, eps: float, norm: Norm) -
     """
     if not torch.isfinite(adv).all():
         raise ThreatViolationError("the attack returned images that are not finite")
-    pixels = x[0].numel()
-    rounding = 6e-8 * (1 if norm == "linf" else pixels**0.5)
+    rounding = BALLS[norm].load().rounding(x[0].numel())
     size = perturbation_size(adv, x, norm=norm)
     if (size > eps * (1 + 1e-6) + rounding).any():
         raise ThreatViolationError(

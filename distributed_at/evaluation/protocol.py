@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from distributed_at.catalogue.attacks import UNTARGETED
 from distributed_at.evaluation.kinds import KINDS
 from distributed_at.lazy import torch
 
 if TYPE_CHECKING:
-    from distributed_at.attacks.threat import Norm
     from distributed_at.config import AttackConfig, EvaluationEntry
 
 FORMAT = 2
 P = TypeVar("P", bound="Protocol")
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class Protocol:
     num_classes: int = 0
     dtype: str = "fp32"
     scope: str = "clean_correct"
-    target: str = "none"
+    target: str = UNTARGETED
     attacks: tuple[str, ...] = ()
     title: str = field(default="", compare=False)
 
@@ -70,7 +74,8 @@ class Protocol:
         for name in self._floats:
             object.__setattr__(self, name, float(getattr(self, name)))  # 8 and 8.0 are one radius, so one hash
         object.__setattr__(self, "pixel_box", tuple(float(v) for v in self.pixel_box))
-        object.__setattr__(self, "attacks", tuple(self.attacks))
+        for one in fields(self):
+            object.__setattr__(self, one.name, _as_tuples(getattr(self, one.name)))  # JSON's lists
 
     def canonical(self) -> str:
         """Return the JSON that the hash is taken of: what differs from its default; sorted keys, no spaces, no title."""
@@ -117,6 +122,11 @@ class Protocol:
         return KINDS[self.kind].attacked
 
     @property
+    def targeted(self) -> bool:
+        """Whether the attack aims at a class."""
+        return self.target != UNTARGETED
+
+    @property
     def metric(self) -> str:
         """``clean_accuracy`` or ``robust_accuracy``."""
         return "robust_accuracy" if self.attacked else "clean_accuracy"
@@ -147,7 +157,7 @@ class Protocol:
 class AttackProtocol(Protocol):
     """What every attack inside a ball depends on. ``eps`` is in /255; ``seed`` is that of starts and targets."""
 
-    norm: Norm = "linf"
+    norm: str = "linf"
     eps: float = 0.0
     seed: int = 0
 

@@ -76,7 +76,7 @@ class EvaluationResult:
     @property
     def attack_success_rate(self) -> float | None:
         """Share of all samples that a targeted attack moved to its target; None for other protocols."""
-        if self.protocol.target == "none" or not self.total:
+        if not self.protocol.targeted or not self.total:
             return None
         return float(self.rows.target_hit.mean())
 

@@ -177,7 +177,7 @@ def vanishing_gradients(
 def judge(results: Sequence[EvaluationResult]) -> list[Verdict]:
     """Return every suspicion that a set of results of one model raises; untargeted attacks of one ball are compared."""
     found: list[Verdict | None] = []
-    untargeted = [r for r in results if r.protocol.attacked and r.protocol.target == "none"]
+    untargeted = [r for r in results if r.protocol.attacked and not r.protocol.targeted]
     pgds = sorted(
         (r for r in untargeted if isinstance(r.protocol, PgdProtocol)),
         key=lambda r: (r.protocol.num_steps, r.protocol.restarts),  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective",
     field="objective.name",
+    entry="distributed_at.objectives.base:Objective",
     builtin={
         "standard": "distributed_at.objectives.standard:Standard",
         "pgd_at": "distributed_at.objectives.pgd_at:PgdAt",

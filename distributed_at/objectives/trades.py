@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from distributed_at.catalogue.attacks import ATTACK_TARGETS
 from distributed_at.config.objective import ObjectiveSection
 from distributed_at.lazy import F
 from distributed_at.objectives.base import BranchName, Forward, Objective, Passes, Terms, required_adv
@@ -61,7 +62,7 @@ class Trades(Objective):
 
     @classmethod
     def refuse(cls, run: RunConfig) -> str | None:
-        if run.attack is not None and run.attack.target != "none":
+        if run.attack is not None and ATTACK_TARGETS[run.attack.target].targeted:
             return (
                 "objective 'trades' maximises the divergence from the clean prediction and is untargeted; "
                 f"attack.target is '{run.attack.target}'"

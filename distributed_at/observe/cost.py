@@ -6,12 +6,17 @@ counted, as usual for MFU, so a memory-bound network shows a low MFU without any
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from distributed_at.catalogue.attacks import clean_forwards
 from distributed_at.catalogue.datasets import recorded_dataset
+from distributed_at.config import AttackConfig
 from distributed_at.objectives import OBJECTIVES, Objective, recorded_objective
 
 if TYPE_CHECKING:
@@ -38,14 +43,15 @@ class Units:
         return self.attack + self.train
 
 
-def attack_units(num_steps: int, *, restarts: int = 1, loss: str = "ce") -> float:
+def attack_units(attack: AttackConfig) -> float:
     """Return the forward-equivalents of a PGD attack on one image.
 
-    A step is a forward and an input gradient. Several restarts need one more forward each to pick the worst; the 'kl'
-    loss needs the clean prediction once.
+    A step is a forward and an input gradient. Several restarts need one more forward each to pick the worst, or
+    ``looks_last``; the clean image is looked at where loss or target come from it.
     """
-    choose = restarts * FORWARD if restarts > 1 else 0.0
-    return restarts * num_steps * ATTACK_STEP + choose + (FORWARD if loss == "kl" else 0.0)
+    last = attack.restarts * FORWARD if attack.restarts > 1 or attack.looks_last else 0.0
+    steps = attack.restarts * attack.num_steps * ATTACK_STEP
+    return steps + last + clean_forwards(attack) * FORWARD
 
 
 def config_units(config: RunConfig) -> Units:
@@ -53,8 +59,7 @@ def config_units(config: RunConfig) -> Units:
 
     The objective says its own passes: standard 3; PGD-K 2K + 3; TRADES and full clean counterparts 2K + 6.
     """
-    attack = None if config.attack is None else config.attack.model_dump()
-    return _units(OBJECTIVES[config.objective.name], config.objective, attack, config.model.model_dump())
+    return _units(OBJECTIVES[config.objective.name], config.objective, config.attack, config.model.model_dump())
 
 
 def recipe_units(recipe: Mapping[str, Any]) -> Units | None:
@@ -62,11 +67,15 @@ def recipe_units(recipe: Mapping[str, Any]) -> Units | None:
     found = recorded_objective(recipe.get("objective") or {})
     if found is None:
         return None
-    return _units(*found, recipe.get("attack"), recipe.get("model") or {})
+    try:
+        attack = AttackConfig.model_validate_json(json.dumps(recipe["attack"])) if recipe.get("attack") else None
+    except ValidationError:  # of another version, or of a plug-in that is not loaded here
+        return None
+    return _units(*found, attack, recipe.get("model") or {})
 
 
 def _units(
-    objective: type[Objective], section: ObjectiveSection, attack: Mapping[str, Any] | None, model: Mapping[str, Any]
+    objective: type[Objective], section: ObjectiveSection, attack: AttackConfig | None, model: Mapping[str, Any]
 ) -> Units:
     passes = objective.passes(section)
     one_pass = TRAIN_PASS
@@ -74,9 +83,7 @@ def _units(
         one_pass += FORWARD  # activations are computed a second time in the backward pass
     spent = ATTACK_STEP * passes.attacked
     if attack and objective.needs(section).attack == "given":
-        spent += attack_units(
-            int(attack.get("num_steps", 0)), restarts=int(attack.get("restarts", 1)), loss=attack.get("loss", "ce")
-        )
+        spent += attack_units(attack)
     return Units(attack=spent, train=one_pass * passes.total_trained + FORWARD * passes.watched)
 
 
@@ -185,8 +192,6 @@ def recipe_forward_flops(recipe: Mapping[str, Any]) -> int | None:
     The network is built without storage, on the ``meta`` device.
     """
     try:
-        import json
-
         import torch
 
         from distributed_at.config import ModelConfig

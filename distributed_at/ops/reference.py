@@ -25,6 +25,21 @@ def sign(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (grad > 0).to(dtype) - (grad < 0).to(dtype)
 
 
+def linf_interval(
+    clean: torch.Tensor, eps: torch.Tensor, box: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (lower, upper), the tightest interval of floats inside both [clean - eps, clean + eps] and the box.
+
+    clean - eps rounds to nearest and may fall outside the ball by half a unit in the last place; such a bound moves one
+    float inwards. Where a clean pixel lies outside the box, the box wins.
+    """
+    lower = clean - eps
+    lower = torch.where(_rounding_error(clean, -eps, lower) > 0, torch.nextafter(lower, clean), lower)
+    upper = clean + eps
+    upper = torch.where(_rounding_error(clean, eps, upper) < 0, torch.nextafter(upper, clean), upper)
+    return lower.clamp(*box), upper.clamp(*box)
+
+
 def _rounding_error(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Return (a + b) - total exactly, ``total`` being the rounded a + b (Knuth's two-sum)."""
     b_part = total - a
@@ -32,16 +47,12 @@ def _rounding_error(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> to
 
 
 def clip_to_ball(x_adv: torch.Tensor, clean: torch.Tensor, eps: torch.Tensor, box: tuple[float, float]) -> torch.Tensor:
-    """Return ``x_adv`` clipped to the tightest float interval inside [clean - eps, clean + eps] and the box, never -0.
+    """Return ``x_adv`` clipped to ``linf_interval``, never -0.
 
-    clean - eps rounds to nearest and may fall outside the ball; such a bound moves one float inwards. A clean pixel
-    that is not finite gives NaN, so that a broken image is seen.
+    A clean pixel that is not finite gives NaN, so that a broken image is seen.
     """
-    lower = clean - eps
-    lower = torch.where(_rounding_error(clean, -eps, lower) > 0, torch.nextafter(lower, clean), lower)
-    upper = clean + eps
-    upper = torch.where(_rounding_error(clean, eps, upper) < 0, torch.nextafter(upper, clean), upper)
-    return torch.minimum(torch.maximum(x_adv, lower.clamp(*box)), upper.clamp(*box)) + (clean - clean)
+    lower, upper = linf_interval(clean, eps, box)
+    return torch.minimum(torch.maximum(x_adv, lower), upper) + (clean - clean)
 
 
 def linf_step(
@@ -138,12 +149,21 @@ def random_start(
     """See ``ops.random_start``; ``eps`` is a 0-dim tensor."""
     clean = as_pixels(clean)
     count = clean[0].numel() if len(clean) else 0
-    uniform = rng.uniform(seed, rng.Purpose.START, epoch, sample_ids, count, draw=draw).reshape(clean.shape)
+    unit = rng.uniform(seed, rng.Purpose.START, epoch, sample_ids, count, draw=draw).to(clean.dtype)
     bounds = box if clip else (float("-inf"), float("inf"))
-    start = clip_to_ball(clean + eps * (2.0 * uniform - 1.0), clean, eps, bounds)
+    start = clip_to_ball(clean + uniform_noise(unit.reshape(clean.shape), eps), clean, eps, bounds)
     if clean_probability > 0:
-        coin = rng.uniform(seed, rng.Purpose.CLEAN_START, epoch, coin_ids, 1, draw=draw)
-        probability = torch.full((), clean_probability, dtype=torch.float32, device=clean.device)
-        stay = (coin < probability).view(-1, *([1] * (clean.dim() - 1)))
-        start = torch.where(stay, clean, start)
+        stays = stays_clean(coin_ids, clean_probability, seed=seed, epoch=epoch, draw=draw)
+        start = torch.where(stays.view(-1, *([1] * (clean.dim() - 1))), clean, start)
     return start + 0.0
+
+
+def uniform_noise(unit: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """Return numbers uniform in [-eps, eps) from ``unit``, uniform in [0, 1)."""
+    return eps * (2.0 * unit - 1.0)
+
+
+def stays_clean(coin_ids: torch.Tensor, probability: float, *, seed: int, epoch: int, draw: int) -> torch.Tensor:
+    """Return (N,) bool, the samples whose coin, keyed with ``coin_ids`` (N,) int64, says to start at the clean image."""
+    coin = rng.uniform(seed, rng.Purpose.CLEAN_START, epoch, coin_ids, 1, draw=draw)[:, 0]
+    return coin < torch.full((), probability, dtype=torch.float32, device=coin.device)

@@ -13,9 +13,12 @@ from pathlib import Path
 from types import ModuleType
 
 import distributed_at.attacks
+import distributed_at.catalogue
 import distributed_at.objectives
 
+# The registries are copied with what their entries name.
 _FOLDERS = {
+    "catalogue": Path(distributed_at.catalogue.__file__).parent,
     "attacks": Path(distributed_at.attacks.__file__).parent,
     "objectives": Path(distributed_at.objectives.__file__).parent,
 }
@@ -78,6 +81,6 @@ def mutated(mutation: Mutation, folder: Path, number: int) -> Product:
     sys.path.insert(0, str(folder))
     try:
         importlib.invalidate_caches()
-        return Product(*(importlib.import_module(f"{root}.{part}") for part in _FOLDERS))
+        return Product(*(importlib.import_module(f"{root}.{part}") for part in ("attacks", "objectives")))
     finally:
         sys.path.remove(str(folder))

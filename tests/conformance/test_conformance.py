@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conformance import checks_attack, checks_objectives, checks_start
+from tests.conformance import checks_attack, checks_attack_entries, checks_objectives, checks_start
 from tests.conformance.objectives import MODULES as OBJECTIVE_MODULES
 from tests.conformance.product import FUSED, REAL
 
-MODULES = (checks_attack, checks_start, checks_objectives, *OBJECTIVE_MODULES)
+MODULES = (checks_attack, checks_attack_entries, checks_start, checks_objectives, *OBJECTIVE_MODULES)
 CHECKS = {check.__name__: check for module in MODULES for check in module.CHECKS}
 
 
@@ -17,7 +17,9 @@ def test_promise(name: str) -> None:
     CHECKS[name](REAL)
 
 
-@pytest.mark.parametrize("check", [*checks_attack.CHECKS, *checks_start.CHECKS], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "check", [*checks_attack.CHECKS, *checks_attack_entries.CHECKS, *checks_start.CHECKS], ids=lambda c: c.__name__
+)
 def test_promise_with_fused_kernels(check) -> None:
     check(FUSED)
 

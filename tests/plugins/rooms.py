@@ -92,15 +92,15 @@ class Taught(Objective):
     def prepare(self, batch: Batch) -> Batch:
         with torch.no_grad():
             told = self.views["teacher"](batch.images) + self.views["companion"](batch.images)
-        return replace(batch, targets=told.softmax(dim=1))
+        return replace(batch, soft_labels=told.softmax(dim=1))
 
     def around(self, network: nn.Module, batch: Batch, adv: torch.Tensor | None) -> AbstractContextManager[None]:
         return perturbed(network, {name: 0.01 * weight.detach() for name, weight in network.named_parameters()})
 
     def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
-        assert batch.targets is not None
+        assert batch.soft_labels is not None
         logits = forward(adv, branch="adv")
-        losses = F.cross_entropy(logits, batch.targets, reduction="none")
+        losses = F.cross_entropy(logits, batch.soft_labels, reduction="none")
         if batch.origin is not None:
             losses = torch.where(batch.origin == EXTRA, 0.5, 1.0) * losses
         return Terms(losses.mean(), {"adv_loss": losses.mean().detach()}, {"adv": logits.detach()})

@@ -75,7 +75,7 @@ CASES: dict[str, Case] = {
         (
             "schedule={name: piecewise, milestones: [1, 1.6], boundary: last_iteration, warmup_epochs: 0.7, warmup_form: overshoot}",
             "objective={name: pgd_at, label_smoothing: 0.2, label_smoothing_form: other_classes, bn_clean_updates_per_step: 2}",
-            "attack={bn_mode: train, eps_warmup_epochs: 1, eps_warmup_form: overshoot}",
+            "attack={bn_mode: train, final_forward: true, eps_warmup_epochs: 1, eps_warmup_form: overshoot}",
             "optimizer.weight_decay_rule=all",
             "seed=3",
         )
@@ -119,10 +119,17 @@ CASES: dict[str, Case] = {
             "schedule={name: cyclic, peak_epoch: 0.7, warmup_epochs: 0.4}",
         )
     ),
+    "trades as its code": Case(
+        (
+            "objective={name: trades, beta: 6}",
+            "attack={loss: kl, start: gaussian, clip_start: false, bn_mode: train, reference_forward: each_step}",
+        )
+    ),
+    "friendly": Case(("attack={num_steps: 5, early_stop: 2}", "objective.bn_clean_updates_per_step=2")),
     "uncovering the limits": Case(
         (
             "objective={name: trades, clean_bn: batch}",
-            "attack={loss: margin, bn_mode: batch}",
+            "attack={loss: margin, bn_mode: batch, num_steps: 4, update: adam, step_schedule: [[2, 0.1]]}",
             "optimizer={name: adamw, lr: 0.01}",
             "train.ema={decay: 0.7, buffers: average}",
             "train.freeze_bn_from_epoch=1",

@@ -30,21 +30,40 @@ def perturb(
     if attack["step_rule"] == "at_least_eps_over_steps":  # Xie & Yuille's code; the recipe's eps, without warm-up
         step = max(step, attack["eps"] / attack["num_steps"])
     step = step / 255
+    sizes = [step]
+    for done in range(1, attack["num_steps"]):
+        sizes.append(sizes[-1] * dict(attack["step_schedule"]).get(done, 1.0))
+    again = attack["loss"] == "kl" and attack["reference_forward"] == "each_step"
     clean = None
-    if attack["loss"] == "kl" or attack["target"] in ("most_confusing", "least_likely"):
+    if (attack["loss"] == "kl" and not again) or attack["target"] in ("most_confusing", "least_likely"):
         clean = network(x).detach()
     target = _target(attack["target"], y, ids, clean, seed, epoch)
     reference = None if clean is None else F.softmax(clean, dim=1)
     best: tuple[Tensor, Tensor, Tensor] | None = None  # images, fooled, loss
     for restart in range(attack["restarts"]):
         adv = _start(x, ids, attack, eps, seed, epoch, group, restart)
-        for _ in range(attack["num_steps"]):
+        mistakes, mean, square = torch.zeros(len(x)), torch.zeros_like(x), torch.zeros_like(x)
+        for done, size in enumerate(sizes[: attack["num_steps"]]):
             adv = adv.detach().requires_grad_()
-            loss = objective(network(adv), y, target, reference, attack["loss"])
+            logits = network(adv)
+            if again:  # the TRADES code looks at the clean images after the adversarial ones, in every step
+                reference = F.softmax(network(x).detach(), dim=1)
+            loss = objective(logits, y, target, reference, attack["loss"])
             (gradient,) = torch.autograd.grad(loss.sum(), adv)
-            adv = _project(adv.detach() + step * _direction(gradient, attack["norm"]), x, eps, attack["norm"])
-            adv = adv.clamp(0, 1)
+            if attack["update"] == "adam":  # Kingma & Ba 2015, with Gowal et al.'s constants, upwards
+                mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+                scale = (square / (1 - 0.999 ** (done + 1))).sqrt() + 1e-9
+                move = mean / (1 - 0.9 ** (done + 1)) / scale
+            else:
+                move = _direction(gradient, attack["norm"])
+            moved = _project(adv.detach() + size * move, x, eps, attack["norm"]).clamp(0, 1)
+            mistakes += logits.detach().argmax(dim=1) != y
+            if attack["early_stop"] is not None:  # Zhang et al. 2020, "Friendly AT"
+                moved = torch.where((mistakes < attack["early_stop"])[:, None, None, None], moved, adv.detach())
+            adv = moved
         if attack["restarts"] == 1:
+            if attack["final_forward"]:  # Pang et al.'s and Rice et al.'s codes
+                network(adv)
             return adv.detach()
         logits = network(adv).detach()
         fooled, loss = logits.argmax(dim=1) != y, objective(logits, y, target, reference, attack["loss"])

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from distributed_at.attacks import PGD, Goal, Threat, attack_loss
+from distributed_at.attacks import ATTACK_LOSSES, PGD, Goal, Threat
 from distributed_at.errors import ConfigError
 from distributed_at.ops import reference
 
@@ -22,20 +22,20 @@ def minus_log_softmax(row: int, column: int) -> float:
 
 
 def test_cross_entropy_rises_away_from_the_label_or_towards_the_target() -> None:
-    away = attack_loss("ce", targeted=False)(LOGITS, Goal(LABELS))
+    away = ATTACK_LOSSES["ce"].load()(LOGITS, Goal(LABELS))
     assert away.tolist() == pytest.approx([minus_log_softmax(0, 0), minus_log_softmax(1, 2)])
-    towards = attack_loss("ce", targeted=True)(LOGITS, Goal(LABELS, TARGETS))
+    towards = ATTACK_LOSSES["ce"].load()(LOGITS, Goal(LABELS, TARGETS))
     assert towards.tolist() == pytest.approx([-minus_log_softmax(0, 1), -minus_log_softmax(1, 3)])
 
 
 def test_margin_is_the_largest_wrong_or_the_target_logit_minus_the_true_one() -> None:
-    assert attack_loss("margin", targeted=False)(LOGITS, Goal(LABELS)).tolist() == [2.0 - 3.0, 4.0 - 1.0]
-    assert attack_loss("margin", targeted=True)(LOGITS, Goal(LABELS, TARGETS)).tolist() == [1.0 - 3.0, 2.0 - 1.0]
+    assert ATTACK_LOSSES["margin"].load()(LOGITS, Goal(LABELS)).tolist() == [2.0 - 3.0, 4.0 - 1.0]
+    assert ATTACK_LOSSES["margin"].load()(LOGITS, Goal(LABELS, TARGETS)).tolist() == [1.0 - 3.0, 2.0 - 1.0]
 
 
 def test_kl_is_from_the_clean_to_the_adversarial_prediction() -> None:
     clean = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
-    value = attack_loss("kl", targeted=False)(LOGITS, Goal(LABELS, reference=clean.log()))
+    value = ATTACK_LOSSES["kl"].load()(LOGITS, Goal(LABELS, reference=clean.log()))
     by_hand = [
         sum(p * (math.log(p) + minus_log_softmax(row, k)) for k, p in enumerate(clean[row].tolist())) for row in (0, 1)
     ]
@@ -45,9 +45,10 @@ def test_kl_is_from_the_clean_to_the_adversarial_prediction() -> None:
 def test_dlr_needs_three_classes_and_targeted_four_and_takes_more() -> None:
     for targeted, least in ((False, 3), (True, 4)):
         for count in (least, least + 1, 10, None):
-            attack_loss("dlr", targeted=targeted, num_classes=count)
-        with pytest.raises(ConfigError, match=f"at least {least} classes"):
-            attack_loss("dlr", targeted=targeted, num_classes=least - 1)
+            assert ATTACK_LOSSES["dlr"].refuse("dlr", targeted=targeted, num_classes=count) is None
+        with pytest.raises(ConfigError, match=f"attack.loss 'dlr' needs at least {least} classes"):
+            rule = "random_other" if targeted else "none"
+            PGD(threat=THREAT, num_steps=1, step_size=0.01, loss="dlr", target=rule, num_classes=least - 1)
 
 
 def test_an_attacks_defaults_are_one_untargeted_uniform_start_in_the_box_on_cross_entropy() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distributed_at.attacks import PGD, Goal, Threat, attack_loss, choose_targets
+from distributed_at.attacks import ATTACK_LOSSES, PGD, Goal, Threat, choose_targets
 from distributed_at.config import AttackConfig
 from distributed_at.errors import ConfigError, DataError
 from tests.conformance.networks import CLASSES, ids, images, labels, network
@@ -162,17 +162,17 @@ def test_trajectory_over_restarts_is_their_intersection() -> None:
 
 def test_dlr_follows_its_formula() -> None:
     z, y = torch.tensor([[3.0, 1.0, 2.0, -1.0], [0.0, 4.0, 1.0, 2.0]]), torch.tensor([0, 2])
-    value = attack_loss("dlr", targeted=False)(z, Goal(labels=y))
+    value = ATTACK_LOSSES["dlr"].load()(z, Goal(labels=y))
     assert torch.allclose(value, torch.tensor([-(3.0 - 2.0) / (3.0 - 1.0), -(1.0 - 4.0) / (4.0 - 1.0)]))
-    aimed = attack_loss("dlr", targeted=True)(z, Goal(labels=y, targets=torch.tensor([1, 1])))
+    aimed = ATTACK_LOSSES["dlr"].load()(z, Goal(labels=y, targets=torch.tensor([1, 1])))
     assert torch.allclose(aimed, torch.tensor([-(3.0 - 1.0) / (3.0 - 0.0), -(1.0 - 4.0) / (4.0 - 0.5)]))
 
 
 def test_kl_loss_is_zero_at_the_clean_prediction_and_positive_elsewhere() -> None:
     z = torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(0))
     goal = Goal(labels=labels(6), reference=z.log_softmax(1))
-    assert attack_loss("kl", targeted=False)(z, goal).abs().max() < 1e-6
-    assert (attack_loss("kl", targeted=False)(z.flip(1), goal) > 0).all()
+    assert ATTACK_LOSSES["kl"].load()(z, goal).abs().max() < 1e-6
+    assert (ATTACK_LOSSES["kl"].load()(z.flip(1), goal) > 0).all()
 
 
 def test_target_rules_refuse_what_they_cannot_do() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from distributed_at.config import AttackConfig
 from distributed_at.observe.cost import (
     attack_units,
     format_seconds,
@@ -19,7 +20,7 @@ from distributed_at.observe.cost import (
 
 
 def recipe(name: str, num_steps: int = 30, **objective: object) -> dict:
-    attack = None if name == "standard" else {"num_steps": num_steps, "loss": "ce"}
+    attack = None if name == "standard" else {"eps": 8, "step_size": 1, "num_steps": num_steps}
     return {"objective": {"name": name, **objective}, "attack": attack}
 
 
@@ -38,8 +39,16 @@ def test_objectives_pay_for_their_clean_passes() -> None:
 
 
 def test_kl_attack_and_restarts_pay_for_their_extra_forwards() -> None:
-    assert attack_units(10, loss="kl") == 21
-    assert attack_units(10, restarts=2) == 42
+    def units(**fields: object) -> float:
+        return attack_units(AttackConfig(eps=8, step_size=1, num_steps=10, **fields))
+
+    assert units(loss="kl") == units(target="least_likely") == units(final_forward=True, bn_mode="train") == 21
+    assert units(loss="kl", reference_forward="each_step", bn_mode="train") == 30
+    assert units(restarts=2) == units(restarts=2, final_forward=True, bn_mode="train") == 42
+    assert units(loss="kl", reference_forward="each_step", restarts=3, bn_mode="train") == 93
+    # where statistics stand still, neither changes anything
+    assert units(loss="kl", reference_forward="each_step") == 21
+    assert units(final_forward=True) == 20
 
 
 def test_recomputed_activations_cost_one_more_forward_in_training_alone() -> None:

@@ -154,7 +154,7 @@ def test_backward_in_the_loop_is_caught() -> None:
             image = adv.detach().requires_grad_()
             logits = found.model(image)
             nn.functional.cross_entropy(logits, goal.labels, reduction="sum").backward()
-        return found.attack.threat.step_into(adv, image.grad, step_size, bounds), logits.detach()
+        return found.attack.threat.stepper()(adv, image.grad, step_size, bounds), logits.detach()
 
     counted = found.count(2, iteration=backward_iteration)
     assert counted.weight_gradients["convolution_backward"] == 2 * 20

@@ -155,7 +155,7 @@ def test_fused_l2_step_of_the_threat_model_is_its_plain_step(inputs, reach):
     size = torch.tensor(reach * step, dtype=torch.float32)
     threat = Threat(norm="l2", eps=reach * eps)
     bounds = threat.bounds(pixels)
-    fused, plain = (threat.step_into(x_adv, grad.float(), size, bounds, fused=f) for f in (True, False))
+    fused, plain = (threat.stepper(fused=f)(x_adv, grad.float(), size, bounds) for f in (True, False))
     torch.testing.assert_close(fused, plain, rtol=0, atol=2.0**-22)
     for out in (fused, plain):
         norms = (out.double() - pixels.double()).flatten(1).norm(dim=1)
@@ -168,7 +168,7 @@ def test_l2_step_of_nothing_moves_nothing_and_nan_elements_do_not_either(fused):
     threat = Threat(norm="l2", eps=1.0)
     x = torch.full((3, 1, 1, 2), 0.5)
     grad = torch.tensor([[0.0, 0.0], [math.nan, 2.0], [math.nan, math.nan]]).view(3, 1, 1, 2)
-    out = threat.step_into(x, grad, torch.tensor(0.25), threat.bounds(x), fused=fused)
+    out = threat.stepper(fused=fused)(x, grad, torch.tensor(0.25), threat.bounds(x))
     assert out.flatten(1).tolist() == [[0.5, 0.5], [0.5, 0.75], [0.5, 0.5]]
 
 
@@ -179,7 +179,7 @@ def test_l2_attack_takes_the_kernel(monkeypatch):
     x = torch.rand(2, 3, 4, 4)
     threat = Threat(norm="l2", eps=0.5)
     for fused in (False, True):
-        threat.step_into(x, x, torch.tensor(0.1), threat.bounds(x), fused=fused)
+        threat.stepper(fused=fused)(x, x, torch.tensor(0.1), threat.bounds(x))
     assert calls == [x.shape]
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 KINDS: Registry[type[EvaluationKind]] = Registry(
     "evaluation kind",
     field="evaluation.kind",
+    entry="distributed_at.evaluation.kinds.base:EvaluationKind",
     builtin={
         "clean": "distributed_at.evaluation.kinds.clean:Clean",
         "pgd": "distributed_at.evaluation.kinds.pgd:Pgd",

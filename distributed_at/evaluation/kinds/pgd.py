@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from distributed_at.catalogue.attacks import ATTACK_STARTS, ATTACK_TARGETS
 from distributed_at.config.attack import AttackConfig
 from distributed_at.config.evaluation import EvaluationEntry
 from distributed_at.evaluation.kinds.base import EvaluationKind
@@ -42,14 +43,18 @@ class PgdProtocol(AttackProtocol):
     start_clean_probability: float = 0.0
     loss: str = ""
     bn_mode: str = "eval"
+    update: str = "steepest"
+    step_schedule: tuple[tuple[int, float], ...] = ()
+    early_stop: int | None = None
 
     _floats: ClassVar[tuple[str, ...]] = ("eps", "step_size", "start_std", "start_clean_probability")
 
     @property
     def default_name(self) -> str:
         parts = [f"PGD-{self.num_steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")]
-        parts += [] if self.loss == "ce" else [self.loss]
-        parts += [] if self.target == "none" else ["targeted"]
+        usual = AttackConfig.model_fields
+        parts += [own for own, name in ((self.loss, "loss"), (self.update, "update")) if own != usual[name].default]
+        parts += ["targeted"] if self.targeted else []
         return " ".join([*parts, f"{self.norm} {self.eps:g}/255"])
 
 
@@ -84,14 +89,17 @@ class Pgd(EvaluationKind):
             "num_steps": attack.num_steps,
             "restarts": attack.restarts,
             "start": attack.start,
-            "start_std": attack.start_std if attack.start == "gaussian" else 0.0,
+            "start_std": attack.start_std if ATTACK_STARTS[attack.start].spread else 0.0,
             "clip_start": attack.clip_start,
             "start_clean_probability": attack.start_clean_probability,
             "target": attack.target,
             "loss": attack.loss,
+            "update": attack.update,
+            "step_schedule": attack.step_schedule,
+            "early_stop": attack.early_stop,
             # A targeted attack may turn a mistake into a hit, and published targeted numbers are over all images
             # (Xie & Yuille 2020, section 3), so there nothing may be skipped.
-            "scope": "clean_correct" if attack.target == "none" else "all",
+            "scope": "all" if ATTACK_TARGETS[attack.target].targeted else "clean_correct",
             "attacks": ("pgd",),
         }
 
@@ -126,15 +134,15 @@ class Pgd(EvaluationKind):
 
     @classmethod
     def is_targeted(cls, entry: EvaluationEntry) -> bool:
-        return entry.attack is not None and entry.attack.target != "none"
+        return entry.attack is not None and ATTACK_TARGETS[entry.attack.target].targeted
 
     @classmethod
     def forward_units(cls, entry: EvaluationEntry) -> float:
         from distributed_at.observe.cost import attack_units
 
         assert entry.attack is not None
-        attack = entry.attack
-        return 1.0 + attack_units(attack.num_steps, restarts=attack.restarts, loss=attack.loss)
+        attack = entry.attack.model_copy(update={"bn_mode": "eval"})
+        return 1.0 + attack_units(attack)
 
     @classmethod
     def attack(
@@ -184,6 +192,9 @@ def build_attack(protocol: PgdProtocol) -> PGD:
             "start_clean_probability": protocol.start_clean_probability,
             "target": protocol.target,
             "loss": protocol.loss,
+            "update": protocol.update,
+            "step_schedule": protocol.step_schedule,
+            "early_stop": protocol.early_stop,
             "restarts": protocol.restarts,
             "dtype": "fp32" if protocol.dtype == "tf32" else protocol.dtype,
         }
@@ -217,7 +228,7 @@ def run_pgd(
 
     outcome = Outcome.unbroken(y)
     attack = build_attack(protocol)
-    targeted = protocol.target != "none"
+    targeted = protocol.targeted
     fewer = {} if on_the_way is None else on_the_way
     counters: dict[str, Any] = {"epoch": EVALUATION_EPOCH, "seed": protocol.seed}
     for restart in range(protocol.restarts):
