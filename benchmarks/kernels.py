@@ -57,7 +57,6 @@ def measure(device: str, batch: int, size: int, rounds: int) -> dict[str, object
     grad16 = grad.bfloat16()
     ids = torch.arange(batch, device=device)
     eps, step = (torch.tensor(v, device=device) for v in (EPS, STEP))
-    mean, std = torch.full((3,), 0.45, device=device), torch.full((3,), 0.225, device=device)
     named = {"eps": eps, "step": step, "direction": -1}
     lower, upper = torch.clamp(clean - eps, min=0), torch.clamp(clean + eps, max=1)
     threat = Threat(norm="linf", eps=EPS)
@@ -100,15 +99,6 @@ def measure(device: str, batch: int, size: int, rounds: int) -> dict[str, object
         {"copy, allocating": 16, "eager chain": 16, "eager, precomputed bounds": 20, "compiled chain": 16,
          "exact bounds, eager": 20, "fused": 16, "fused, uint8 clean, bf16 gradient": 11},
     )  # fmt: skip
-    runs["linf_step_normalised"] = (
-        compare(
-            {
-                "eager chain": lambda: ((eager_chain(x_adv, clean, grad) - 0.45) / 0.225).bfloat16(),
-                "fused": lambda: ops.linf_step_normalised(x_adv, clean, grad, mean=mean, std=std, **named),
-            }
-        ),
-        {"eager chain": 18, "fused": 19},
-    )
     runs["l2_step"] = (
         compare(
             {

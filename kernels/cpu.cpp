@@ -3,7 +3,6 @@
 #include "cpu.h"
 
 #include <cmath>
-#include <type_traits>
 
 namespace distributed_at {
 
@@ -16,19 +15,6 @@ void linf_range(float* __restrict__ out, const float* __restrict__ x, const Clea
                 const Gradient* __restrict__ gradient, float signed_step, Ball ball, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     out[i] = linf_element(x[i], to_pixel(clean[i]), to_float(gradient[i]), signed_step, ball);
-  }
-}
-
-template <typename Network>
-void normalise_pixels(Network* network, const float* x, const float* mean, const float* std, int64_t channels,
-                      int64_t pixels, int64_t padded, int channels_last, int64_t begin, int64_t end) {
-  const int64_t pixel_stride = channels_last ? channels : 1;
-  const int64_t channel_stride = channels_last ? 1 : pixels;
-  for (int64_t p = begin; p < end; ++p) {
-    const float* source = x + (p / pixels) * pixels * channels + (p % pixels) * pixel_stride;
-    Network* target = network + p * padded;
-    for (int64_t c = 0; c < channels; ++c) from_float((source[c * channel_stride] - mean[c]) / std[c], target + c);
-    for (int64_t c = channels; c < padded; ++c) from_float(0.0f, target + c);
   }
 }
 
@@ -208,17 +194,6 @@ int dat_cpu_linf_step(float* out, const float* x, const void* clean, int clean_t
     });
   });
   return known ? 0 : 1;
-}
-
-// (N, C, H, W) float32 to (N, H, W, padded) of network_type: (x - mean) / std, zeros in the channels added.
-int dat_cpu_normalise(void* network, int network_type, const float* x, const float* mean, const float* std,
-                      int64_t samples, int64_t channels, int64_t pixels, int64_t padded, int channels_last) {
-  return with_gradient_type(network_type, network, [&](const auto* typed) {
-    using Network = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    parallel_range(0, samples * pixels, kGrain / 4, [&](int64_t first, int64_t last) {
-      normalise_pixels(const_cast<Network*>(typed), x, mean, std, channels, pixels, padded, channels_last, first, last);
-    });
-  }) ? 0 : 1;
 }
 
 int dat_cpu_l2_step(float* out, const float* x, const void* clean, int clean_type, const void* gradient,

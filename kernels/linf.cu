@@ -1,7 +1,4 @@
-// The l-infinity step on a GPU: one pass over the image, optionally writing the network's normalised 16-bit
-// channels-last input in the same pass. Elementwise, so the bits equal those of the CPU kernel.
-#include <type_traits>
-
+// The l-infinity step on a GPU: one pass over the image. Elementwise, so the bits equal those of the CPU kernel.
 #include "launch.h"
 
 namespace distributed_at {
@@ -49,39 +46,6 @@ __global__ void linf_step_unaligned(float* __restrict__ out, const float* __rest
   }
 }
 
-// One thread a pixel: reads its channels, writes the image and one vector of kPadded network channels.
-template <int kPadded, typename Clean, typename Gradient, typename Network>
-__global__ void linf_step_normalise(float* __restrict__ out, Network* __restrict__ network, const float* __restrict__ x,
-                                    const Clean* __restrict__ clean, const Gradient* __restrict__ gradient,
-                                    const float* __restrict__ eps, const float* __restrict__ step, float direction,
-                                    float low, float high, const float* __restrict__ mean,
-                                    const float* __restrict__ std, int64_t samples, int64_t channels, int64_t pixels,
-                                    int channels_last) {
-  struct alignas(kPadded * sizeof(Network)) Vector {
-    Network item[kPadded];
-  };
-  const Ball ball{*eps, low, high};
-  const float signed_step = direction * *step;
-  const int64_t pixel_stride = channels_last ? channels : 1;
-  const int64_t channel_stride = channels_last ? 1 : pixels;
-  DAT_GRID_STRIDE_LOOP(p, samples * pixels) {
-    const int64_t base = (p / pixels) * pixels * channels + (p % pixels) * pixel_stride;
-    Vector vector;
-#pragma unroll
-    for (int c = 0; c < kPadded; ++c) {
-      float normalised = 0.0f;
-      if (c < channels) {
-        const int64_t i = base + c * channel_stride;
-        const float result = linf_element(x[i], to_pixel(clean[i]), to_float(gradient[i]), signed_step, ball);
-        out[i] = result;
-        normalised = (result - mean[c]) / std[c];
-      }
-      from_float(normalised, &vector.item[c]);
-    }
-    *reinterpret_cast<Vector*>(network + p * kPadded) = vector;
-  }
-}
-
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 }  // namespace
@@ -102,30 +66,5 @@ extern "C" int dat_cuda_linf_step(float* out, const float* x, const void* clean,
       DAT_LAUNCH(linf_step_unaligned, blocks_for(count), kThreads, stream, out, x, c, g, eps, step, direction, low,
                  high, count);
     }
-  });
-}
-
-extern "C" int dat_cuda_linf_step_normalise(float* out, void* network, int network_type, int64_t padded, const float* x,
-                                            const void* clean, int clean_type, const void* gradient, int gradient_type,
-                                            const float* eps, const float* step, float direction, float low, float high,
-                                            const float* mean, const float* std, int64_t samples, int64_t channels,
-                                            int64_t pixels, int channels_last, void* stream) {
-  if (samples * pixels == 0) return 0;
-  if (network_type != kBFloat16 && network_type != kFloat16) return kUnknownType;
-  if ((padded != 4 && padded != 8) || channels > padded) return kUnknownType;
-  const unsigned int blocks = blocks_for(samples * pixels);
-  return launch_for_types(clean_type, clean, gradient_type, gradient, [&](const auto* c, const auto* g) {
-    using Clean = std::remove_const_t<std::remove_pointer_t<decltype(c)>>;
-    using Gradient = std::remove_const_t<std::remove_pointer_t<decltype(g)>>;
-    auto launch = [&](auto* typed, auto kernel) {
-      DAT_LAUNCH(kernel, blocks, kThreads, stream, out, typed, x, c, g, eps, step, direction, low, high, mean, std,
-                 samples, channels, pixels, channels_last);
-    };
-    auto* bf16 = static_cast<BFloat16*>(network);
-    auto* fp16 = static_cast<Float16*>(network);
-    if (network_type == kBFloat16 && padded == 4) launch(bf16, linf_step_normalise<4, Clean, Gradient, BFloat16>);
-    if (network_type == kBFloat16 && padded == 8) launch(bf16, linf_step_normalise<8, Clean, Gradient, BFloat16>);
-    if (network_type == kFloat16 && padded == 4) launch(fp16, linf_step_normalise<4, Clean, Gradient, Float16>);
-    if (network_type == kFloat16 && padded == 8) launch(fp16, linf_step_normalise<8, Clean, Gradient, Float16>);
   });
 }

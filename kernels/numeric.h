@@ -50,25 +50,6 @@ DAT_INLINE float to_float(Float16 value) {
 DAT_INLINE float to_pixel(float value) { return value; }
 DAT_INLINE float to_pixel(uint8_t value) { return static_cast<float>(value) / 255.0f; }
 
-// Rounding to the nearest, ties to even; every NaN becomes the quiet NaN.
-DAT_INLINE void from_float(float value, float* out) { *out = value; }
-DAT_INLINE void from_float(float value, BFloat16* out) {
-  const uint32_t bits = as_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  *out = static_cast<BFloat16>(static_cast<uint16_t>(value != value ? 0x7fc0u : rounded));
-}
-DAT_INLINE void from_float(float value, Float16* out) {
-  const uint32_t bits = as_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 the sum with 0.5 rounds at 2^-24, the spacing of fp16 subnormals.
-  const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  *out = static_cast<Float16>(static_cast<uint16_t>(sign | (magnitude < 0x477ff000u ? finite : large)));  // 65520 rounds to infinity
-}
-
 // +1, -1, or 0 for zero and NaN; +-infinity counts as +-1.
 DAT_INLINE float sign_of(float value) {
   return (value > 0.0f ? 1.0f : 0.0f) - (value < 0.0f ? 1.0f : 0.0f);

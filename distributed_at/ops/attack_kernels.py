@@ -35,11 +35,6 @@ def _empty(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, dtype=torch.float32, memory_format=_memory_format(x))
 
 
-def _empty_network(x: torch.Tensor, dtype: torch.dtype, channels: int) -> torch.Tensor:
-    shape = (x.shape[0], channels, x.shape[2], x.shape[3])
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
@@ -100,75 +95,6 @@ def _(x_adv: Any, clean: Any, grad: Any, eps: Any, step: Any, direction: Any, lo
     span = _sizes(0, x.numel()) if _backend(x) == "cpu" else _sizes(x.numel())
     _call("linf_step", x, _address(out), *shared, *span)
     return out
-
-
-@torch.library.custom_op("distributed_at::linf_step_normalised", mutates_args=())
-def linf_step_normalised(
-    x_adv: torch.Tensor, clean: torch.Tensor, grad: torch.Tensor, eps: torch.Tensor, step: torch.Tensor,
-    direction: float, low: float, high: float, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype,
-    channels: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    out = reference.linf_step(x_adv, clean, grad, eps, step, direction, (low, high))
-    out = out.contiguous(memory_format=_memory_format(x_adv))
-    return out, reference.normalise(out, mean, std, dtype, channels)
-
-
-@linf_step_normalised.register_fake
-def _(
-    x_adv: Any,
-    clean: Any,
-    grad: Any,
-    eps: Any,
-    step: Any,
-    direction: Any,
-    low: Any,
-    high: Any,
-    mean: Any,
-    std: Any,
-    dtype: Any,
-    channels: Any,
-) -> Any:
-    return _empty(x_adv), _empty_network(x_adv, dtype, channels)
-
-
-@linf_step_normalised.register_kernel(("cpu", "cuda"))
-def _(
-    x_adv: Any,
-    clean: Any,
-    grad: Any,
-    eps: Any,
-    step: Any,
-    direction: Any,
-    low: Any,
-    high: Any,
-    mean: Any,
-    std: Any,
-    dtype: Any,
-    channels: Any,
-) -> Any:
-    if build.library(_backend(x_adv)) is None:
-        return linf_step_normalised._init_fn(
-            x_adv, clean, grad, eps, step, direction, low, high, mean, std, dtype, channels
-        )
-    channels_last, (x, c, g) = _same_layout(x_adv, clean, grad)
-    out, network = _empty(x), _empty_network(x, dtype, channels)
-    mean, std = (t.to(device=x.device, dtype=torch.float32).contiguous() for t in (mean, std))
-    samples, image_channels, height, width = x.shape
-    shared = (_address(x), *_typed(c), *_typed(g), _address(eps), _address(step), *_floats(direction, low, high))
-    shape = _sizes(samples, image_channels, height * width)
-    layout = ctypes.c_int(channels_last)
-    if _backend(x) == "cuda":
-        _call(
-            "linf_step_normalise", x, _address(out), *_typed(network), *_sizes(channels), *shared,
-            _address(mean), _address(std), *shape, layout,
-        )  # fmt: skip
-    else:
-        _call("linf_step", x, _address(out), *shared, *_sizes(0, x.numel()))
-        _call(
-            "normalise", x, *_typed(network), _address(out), _address(mean), _address(std), *shape,
-            *_sizes(channels), layout,
-        )  # fmt: skip
-    return out, network
 
 
 @torch.library.custom_op("distributed_at::l2_step", mutates_args=())

@@ -13,9 +13,7 @@ from . import attack_kernels as kernels
 from . import build, reference
 
 _GRAD_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NETWORK_TYPES = (torch.bfloat16, torch.float16)
 _CLEAN_TYPES = (torch.float32, torch.uint8)
-_NETWORK_CHANNELS = (4, 8)
 
 Scalar = float | torch.Tensor
 Box = tuple[float, float]
@@ -58,52 +56,6 @@ def linf_step(
     if _plain(x_adv):
         return reference.linf_step(x_adv, clean, grad, *scalars, direction, box)
     return kernels.linf_step(x_adv, clean, grad, *scalars, direction, *map(float, box))
-
-
-def linf_step_normalised(
-    x_adv: torch.Tensor,
-    clean: torch.Tensor,
-    grad: torch.Tensor,
-    *,
-    eps: Scalar,
-    step: Scalar,
-    direction: float,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    dtype: torch.dtype = torch.bfloat16,
-    channels: int = 4,
-    box: Box = (0.0, 1.0),
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do ``linf_step`` and write the network's input, (x - mean) / std in 16 bits, in the same pass.
-
-    Args:
-        x_adv, clean, grad, eps, step, direction, box: as for ``linf_step``; images are (N, C, H, W).
-        mean: (C,) float32, and ``std`` likewise.
-        dtype: bfloat16 or float16.
-        channels: 4 or 8; channels past C are zero (pad the first convolution's weights with zeros too).
-
-    Returns:
-        The new x_adv, and the (N, channels, H, W) channels-last network input.
-
-    Raises:
-        ValueError, TypeError: as for ``linf_step``; ``channels`` or ``dtype`` is not taken.
-    """
-    _check(x_adv, clean, grad, direction)
-    if x_adv.dim() != 4:
-        raise ValueError(f"images must be (N, C, H, W), got {tuple(x_adv.shape)}")
-    if channels not in _NETWORK_CHANNELS or x_adv.shape[1] > channels:
-        raise ValueError(f"channels must be 4 or 8 and at least the image's {x_adv.shape[1]}, got {channels}")
-    if dtype not in _NETWORK_TYPES:
-        raise TypeError(f"dtype must be bfloat16 or float16, got {dtype}")
-    if mean.shape != (x_adv.shape[1],) or std.shape != mean.shape:
-        raise ValueError(f"mean and std must be ({x_adv.shape[1]},), got {tuple(mean.shape)} and {tuple(std.shape)}")
-    scalars = _radius(eps, x_adv), _scalar(step, x_adv)
-    if _plain(x_adv):
-        out = reference.linf_step(x_adv, clean, grad, *scalars, direction, box)
-        return out, reference.normalise(out, mean, std, dtype, channels)
-    return kernels.linf_step_normalised(
-        x_adv, clean, grad, *scalars, direction, *map(float, box), mean, std, dtype, channels
-    )
 
 
 def l2_step(

@@ -69,20 +69,6 @@ def linf_step(
     return clip_to_ball(moved, as_pixels(clean), eps, box)
 
 
-def normalise(
-    x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype, channels: int
-) -> torch.Tensor:
-    """Return (x - mean) / std as (N, channels, H, W) channels-last of ``dtype``, zeros in the channels added."""
-    normalised = (x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
-    out = torch.zeros(
-        (x.shape[0], channels, x.shape[2], x.shape[3]),
-        dtype=dtype,
-        device=x.device,
-    ).contiguous(memory_format=torch.channels_last)
-    out[:, : x.shape[1]] = normalised.to(dtype)
-    return out
-
-
 def l2_norms(values: torch.Tensor) -> torch.Tensor:
     """Return the l2 norm of each sample in float64, shaped to broadcast over (N, ...)."""
     flat = values.reshape(values.shape[0], math.prod(values.shape[1:])).double()

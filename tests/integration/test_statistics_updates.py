@@ -25,7 +25,10 @@ SMALL = (
     [
         ("baselines.yaml#resnet18-train", 10 + 1 + 1 + 2),  # iterates, the last again, adversarial, clean twice
         ("baselines.yaml#resnet18-eval", 1 + 2),
-        ("table9.yaml#eps8-wrn34-10-wd2e-4-train", 10 + 10 + 1 + 1),  # iterates, clean in every step, clean, adversarial
+        (
+            "table9.yaml#eps8-wrn34-10-wd2e-4-train",
+            10 + 10 + 1 + 1,
+        ),  # iterates, clean in every step, clean, adversarial
         ("table9.yaml#eps8-wrn34-10-wd2e-4-eval", 1 + 1),
     ],
 )

@@ -46,8 +46,8 @@ def test_dlr_needs_three_classes_and_targeted_four_and_takes_more() -> None:
     for targeted, least in ((False, 3), (True, 4)):
         for count in (least, least + 1, 10, None):
             assert ATTACK_LOSSES["dlr"].refuse("dlr", targeted=targeted, num_classes=count) is None
+        rule = "random_other" if targeted else "none"
         with pytest.raises(ConfigError, match=f"attack.loss 'dlr' needs at least {least} classes"):
-            rule = "random_other" if targeted else "none"
             PGD(threat=THREAT, num_steps=1, step_size=0.01, loss="dlr", target=rule, num_classes=least - 1)
 
 

@@ -26,10 +26,6 @@ def test_custom_ops_pass_the_checks_of_torch(layout):
     arguments = (x, clean, grad, eps, step, -1.0, 0.0, 1.0)
     torch.library.opcheck(attack_kernels.linf_step, arguments, test_utils=checks)
     torch.library.opcheck(attack_kernels.l2_step, arguments, test_utils=checks)
-    mean, std = torch.full((3,), 0.4), torch.full((3,), 0.2)
-    torch.library.opcheck(
-        attack_kernels.linf_step_normalised, (*arguments, mean, std, torch.bfloat16, 4), test_utils=checks
-    )
     ids = torch.arange(2)
     torch.library.opcheck(
         attack_kernels.random_start, (clean, ids, ids, eps, 1, 2, 0, 0.5, True, 0.0, 1.0), test_utils=checks
@@ -86,10 +82,6 @@ def test_meta_tensors_give_shapes_dtypes_and_layouts():
     x = torch.empty(2, 3, 8, 8, device="meta").contiguous(memory_format=torch.channels_last)
     assert ops.linf_step(x, x, x, eps=0.1, step=0.1, direction=1).stride() == x.stride()
     vector = torch.empty(3, device="meta")
-    out, network = ops.linf_step_normalised(
-        x, x, x.half(), eps=0.1, step=0.1, direction=1, mean=vector, std=vector, channels=8
-    )
-    assert (out.shape, network.shape, network.dtype) == (x.shape, (2, 8, 8, 8), torch.bfloat16)
     ids = torch.empty(2, dtype=torch.int64, device="meta")
     start = ops.random_start(x.to(torch.uint8), ids, eps=0.1, seed=0, epoch=0)
     assert (start.dtype, start.stride()) == (torch.float32, x.stride())

@@ -40,22 +40,14 @@ def on_emulated_gpu(emulated, monkeypatch):
     monkeypatch.setattr(attack_step, "_plain", lambda x: False)
 
 
-@given(step_inputs(), st.sampled_from([1, -1]), st.sampled_from([4, 8]))
+@given(step_inputs(), st.sampled_from([1, -1]))
 @FEW
-def test_cuda_linf_kernels_have_the_bits_of_the_reference(on_emulated_gpu, inputs, direction, channels):
+def test_cuda_linf_kernels_have_the_bits_of_the_reference(on_emulated_gpu, inputs, direction):
     x_adv, clean, grad, eps, step = inputs
     scalars = torch.tensor(eps, dtype=torch.float32), torch.tensor(step, dtype=torch.float32)
     named = {"eps": scalars[0], "step": scalars[1], "direction": direction}
     want = reference.linf_step(x_adv, clean, grad, *scalars, direction, (0.0, 1.0))
     assert same_bits(ops.linf_step(x_adv, clean, grad, **named), want)
-    count = x_adv.shape[1]
-    mean, std = torch.linspace(0.3, 0.6, count), torch.linspace(0.2, 0.3, count)
-    for dtype in (torch.bfloat16, torch.float16):
-        got, network = ops.linf_step_normalised(
-            x_adv, clean, grad, mean=mean, std=std, dtype=dtype, channels=channels, **named
-        )
-        assert same_bits(got, want)
-        assert same_bits(network, reference.normalise(want, mean, std, dtype, channels))
 
 
 @given(step_inputs())
