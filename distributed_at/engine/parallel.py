@@ -25,6 +25,8 @@ from distributed_at.models.branches import on_branch
 from distributed_at.models.dropout import Draw, drawing, dropping_layers
 from distributed_at.models.norm import group_shares, set_bn_mode
 
+FORWARDS_A_STEP = 64  # of one sample; each draws masks of its own
+
 
 def deepspeed_config(plan: BatchPlan, parallel: ParallelConfig) -> dict[str, Any]:
     """Return DeepSpeed's JSON with every value that matters to the mathematics written out.
@@ -112,7 +114,7 @@ class TrainingEngine:
 
         ``forward``: number of the first one, so that no two forwards of a sample in one step share their masks.
         """
-        self._draw = Draw(batch.ids, batch.epoch, seed, forward)
+        self._draw = Draw(batch.ids, batch.epoch, seed, batch.repeat * FORWARDS_A_STEP + forward)
 
     def _next_draw(self, x: torch.Tensor, ids: torch.Tensor | None) -> Draw | None:
         """Return what the masks of the next forward are drawn from; None for a network without dropout."""

@@ -207,7 +207,9 @@ class Trainer:
                 if p.twin_check is not None:
                     p.twin_check.compare(step, batch)
                     iteration = p.twin_check.watching(step, iteration or p.attack.iteration(p.twin))
-                adv = p.attack.perturb(
+                # a batch that is used again begins from starts of its own
+                attack = replace(p.attack, first_draw=batch.repeat * p.attack.restarts) if batch.repeat else p.attack
+                adv = attack.perturb(
                     p.twin,
                     batch.images,
                     batch.labels,

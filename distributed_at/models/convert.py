@@ -9,43 +9,50 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distributed_at.catalogue.norms import NORMS
+from distributed_at.config import ModelConfig
 from distributed_at.errors import ConfigError
+from distributed_at.models.branches import BranchedNorm
 from distributed_at.models.dropout import CounterDropout
 from distributed_at.models.norm import BatchNorm, GroupNorm, MixtureBatchNorm
 
 _AFTER = ("drop", "act")  # what timm's norm layers run behind themselves
 
 
-def convert_batch_norms(network: nn.Module, norm: str = "bn", *, groups: int = 32, strict: bool = True) -> nn.Module:
+def convert_batch_norms(network: nn.Module, config: ModelConfig | None = None, *, strict: bool = True) -> nn.Module:
     """Return ``network`` (changed in place) with our layers where it had ``nn.BatchNorm2d``.
 
     Args:
         network: any module; layers of ours are left alone.
-        norm: a name of ``NORMS``. 'bn' shares the parameters and buffers of the layer that it replaces, 'mbn' gives
-            each branch a copy of them, 'gn' begins anew with ``groups`` groups.
-        groups: of 'gn'.
+        config: its norm says what comes in their place (``Norm.take_over``): 'bn' shares the parameters and buffers of the
+            layer that it replaces, 'mbn' gives each branch a copy of them, others begin anew. None = 'bn'.
         strict: refuse layers that cannot be taken over; otherwise they stay, which is right in eval mode.
 
     Raises:
         ConfigError: a batch norm that cannot be taken over (of another dimension, without affine parameters, without
             running statistics, or a subclass that does more than normalise), or none where ``norm`` needs one.
     """
+    facts = NORMS["bn"] if config is None else config.norm_facts
     found = {name: layer for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)}
-    if NORMS[norm].branches and not found and not any(isinstance(m, MixtureBatchNorm) for m in network.modules()):
+    ours = any(isinstance(m, BranchedNorm) for m in network.modules())
+    if facts.branches and not found and not ours:
         raise ConfigError(
-            f"model.norm '{norm}' gives batch norm two branches, and {type(network).__name__} has no batch norm"
+            f"model.norm '{config.norm if config else 'bn'}' gives batch norm two branches, and {type(network).__name__} has no batch norm"
         )
     made: dict[int, nn.Module] = {}  # a layer that is called at several places stays one
     for name, layer in found.items():
         if id(layer) not in made:
             try:
-                made[id(layer)] = _converted(layer, name, norm, groups)
+                made[id(layer)] = _converted(
+                    layer, name, lambda own: facts.instead_of(config or ModelConfig(arch="resnet50"), own)
+                )
             except ConfigError:
                 if strict:
                     raise
@@ -56,7 +63,7 @@ def convert_batch_norms(network: nn.Module, norm: str = "bn", *, groups: int = 3
     return network
 
 
-def _converted(layer: nn.Module, name: str, norm: str, groups: int) -> nn.Module:
+def _converted(layer: nn.Module, name: str, make: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
     place = f"{name or 'the network'} ({type(layer).__name__})"
     if not isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm):
         raise ConfigError(f"{place}: batch norm over images (nn.BatchNorm2d) can be taken over, this one cannot")
@@ -67,25 +74,13 @@ def _converted(layer: nn.Module, name: str, norm: str, groups: int) -> nn.Module
     behind = [(part, getattr(layer, part)) for part in _AFTER if isinstance(getattr(layer, part, None), nn.Module)]
     if type(layer) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not behind:
         raise ConfigError(f"{place}: a batch norm that does more than nn.BatchNorm2d cannot be taken over")
-    ours = _layer(layer, norm, groups)
+    ours = make(cast(nn.BatchNorm2d, layer))
     if not behind:
         return ours
     return nn.Sequential(OrderedDict([("norm", ours), *behind])).train(layer.training)
 
 
-def _layer(layer: nn.BatchNorm2d | nn.SyncBatchNorm, norm: str, groups: int) -> nn.Module:
-    if not NORMS[norm].running_statistics:
-        made: nn.Module = GroupNorm(groups, layer.num_features, eps=layer.eps)
-        return made.to(layer.weight.device, layer.weight.dtype).train(layer.training)
-    plain = _taken_over(layer)
-    if not NORMS[norm].branches:
-        return plain
-    mixture = MixtureBatchNorm(0, eps=layer.eps, momentum=plain.momentum)
-    mixture.clean, mixture.adv = copy.deepcopy(plain), plain
-    return mixture.train(layer.training)
-
-
-def _taken_over(layer: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
+def batch_norm(config: ModelConfig, layer: nn.BatchNorm2d) -> BatchNorm:
     """Return our layer around the very parameters and buffers of another one."""
     assert layer.momentum is not None
     assert layer.running_mean is not None
@@ -96,7 +91,21 @@ def _taken_over(layer: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
     counter = layer.num_batches_tracked
     ours.running_mean, ours.running_var = layer.running_mean, layer.running_var
     ours.num_batches_tracked = torch.zeros((), dtype=torch.int64) if counter is None else counter
-    return ours.train(layer.training)
+    return ours
+
+
+def group_norm(config: ModelConfig, layer: nn.BatchNorm2d) -> GroupNorm:
+    """Return a group norm of as many channels, which begins anew."""
+    made = GroupNorm(config.groups, layer.num_features, eps=layer.eps)
+    return made.to(layer.weight.device, layer.weight.dtype)
+
+
+def mixture_batch_norm(config: ModelConfig, layer: nn.BatchNorm2d) -> MixtureBatchNorm:
+    """Return two branches: the adversarial one around a layer's parameters and buffers, the clean one with a copy."""
+    plain = batch_norm(config, layer)
+    mixture = MixtureBatchNorm(0, eps=layer.eps, momentum=plain.momentum)
+    mixture.clean, mixture.adv = copy.deepcopy(plain), plain
+    return mixture
 
 
 def convert_dropout(network: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import nn
 from distributed_at import rng
 from distributed_at.errors import ConfigError
 
-_FORWARDS = 64  # of one sample in one step that draw masks of their own
+_FORWARDS = 4096  # of one sample in one step that draw masks of their own
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,10 @@ def dropping_layers(module: nn.Module) -> list[CounterDropout]:
 
 @contextmanager
 def drawing(module: nn.Module, draw: Draw | None) -> Iterator[None]:
-    """Draw the masks of the forwards within the block by ``draw``."""
+    """Draw the masks of the forwards within the block by ``draw``; None leaves the network as it is."""
+    if draw is None:
+        yield
+        return
     layers = dropping_layers(module)
     for layer in layers:
         layer.draw = draw

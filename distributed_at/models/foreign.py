@@ -41,7 +41,7 @@ def build_foreign(config: ModelConfig, *, num_classes: int, image_size: int | No
         ConfigError: no such network, options that it does not take, or layers that cannot be taken over.
     """
     network = raw_network(config, num_classes=num_classes, image_size=image_size)
-    network = convert_dropout(convert_batch_norms(network, config.norm, groups=config.groups))
+    network = convert_dropout(convert_batch_norms(network, config))
     return ForeignNetwork(config, network, num_classes)
 
 

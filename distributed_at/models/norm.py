@@ -19,7 +19,6 @@ from distributed_at.config import ModelConfig
 from distributed_at.errors import ConfigError, did_you_mean
 from distributed_at.models.branches import BRANCHES, Branch, BranchedNorm, check_branch
 from distributed_at.models.norm_sync import assign_buffer, synchronised_batch_norm
-from distributed_at.registry import load_attribute
 
 BnMode = Literal["eval", "batch", "train"]
 NormFactory = Callable[[int], nn.Module]
@@ -205,9 +204,8 @@ def make_group_norm(config: ModelConfig, channels: int) -> nn.Module:
 
 def norm_factory(config: ModelConfig) -> NormFactory:
     """Return the function that makes a norm layer of a given width for this network."""
-    layer = config.norm_facts.layer
-    make = load_attribute(layer) if isinstance(layer, str) else layer
-    return lambda channels: make(config, channels)
+    facts = config.norm_facts
+    return lambda channels: facts.make(config, channels)
 
 
 def norm_layers(module: nn.Module) -> list[BatchNorm | GroupNorm]:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from distributed_at.errors import ConfigError, did_you_mean
 from distributed_at.models.branches import BRANCHES
 from distributed_at.models.norm import MixtureBatchNorm, norm_layers
 
 NamedParameters = list[tuple[str, nn.Parameter]]
-_OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # of networks that are not ours
+_OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)  # of networks that are not ours, and of plug-ins
 DECAY_RULES = ("all", "no_norm_bias", "kernels")
 
 
