@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from distributed_at.accelerators import Gpu, Rate, attack_arithmetic, find_gpu
@@ -113,6 +113,7 @@ def make_plan(
         ConfigError: the world size cannot run the recipe, the GPU is unknown, or the data leave no step.
     """
     kind = find_gpu(gpu) if gpu is not None else None
+    _folder.cache_clear()
     train = config.train
     batch = BatchPlan.resolve(
         batch_size=train.batch_size,
@@ -201,28 +202,22 @@ def count_classes(data: DataConfig) -> int:
         ConfigError: none of them says it.
     """
     found = data.num_classes or data.facts.classes
-    return found if found is not None else len(_folder_listing(data)[0])
+    return found if found is not None else len(_folder(data)[0])
 
 
 def _published_sizes(data: DataConfig) -> tuple[int, int]:
     if data.facts.train is not None and data.facts.test is not None:
         return data.facts.train, data.facts.test
-    _, train, test = _folder_listing(data)
+    _, train, test = _folder(data)
     return train, test
 
 
-def _folder_listing(data: DataConfig) -> tuple[list[str], int, int]:
-    """Return class names and images of a folder's two splits, by its names alone."""
-    from distributed_at.data.index import list_folder
-    from distributed_at.data.sources import has_own_test_set
+@lru_cache(maxsize=1)
+def _folder(data: DataConfig) -> tuple[tuple[str, ...], int, int]:
+    """Return class names and images of a folder's two splits; one plan lists them once."""
+    from distributed_at.data.sources import folder_sizes
 
-    if data.path is None:
-        raise ConfigError(f"data.path is null: '{data.dataset}' is counted where it lies; give data.path")
-    root = Path(data.path).expanduser()
-    own = has_own_test_set(root)
-    paths = list_folder(root / "train" if own else root)
-    test = len(list_folder(root / "val")) if own else data.test_size or 0
-    return sorted({path.split("/", 1)[0] for path in paths}), len(paths) - (0 if own else test), test
+    return folder_sizes(data)
 
 
 def estimate_memory(config: RunConfig, batch: BatchPlan, statistics: ModelStatistics) -> Memory:

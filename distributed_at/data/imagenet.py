@@ -252,13 +252,13 @@ class FolderSource(ImageSource):
         self._index.close()
 
 
-def check_layout(root: Path) -> None:
-    """Check that ``root`` holds ``train/`` and ``val/``.
+def check_layout(root: Path, split: str) -> None:
+    """Check that ``root`` holds ``train/`` and ``val/``; the test images alone need ``val/`` alone.
 
     Raises:
         DataError: it does not; the message says what it holds.
     """
-    if (root / "train").is_dir() and (root / "val").is_dir():
+    if (root / "val").is_dir() and (split == "test" or (root / "train").is_dir()):
         return
     found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else None
     state = "does not exist" if found is None else f"holds {found or 'nothing'}"

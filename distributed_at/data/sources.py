@@ -12,7 +12,7 @@ from distributed_at.config import DataConfig
 from distributed_at.data.imagenet import Decoder, FolderSource, check_layout
 from distributed_at.data.imagenet_dali import DaliDecoder
 from distributed_at.data.imagenet_pil import PilDecoder
-from distributed_at.data.index import FolderIndex, Progress, open_index
+from distributed_at.data.index import FolderIndex, Progress, list_folder, open_index
 from distributed_at.data.machine import dali_installed, decoder_threads
 from distributed_at.data.shards import has_shards, load_shards
 from distributed_at.data.source import ImageSource
@@ -97,8 +97,9 @@ def open_imagenet(
 ) -> ImageSource:
     """Open a split of a folder that holds ``train/`` and ``val/``."""
     root, resize_size = _folder_settings(config)
-    check_layout(root)
-    _check_same_classes(root)
+    check_layout(root, split)
+    if (root / "train").is_dir():
+        _check_same_classes(root)
     index = _index(root / ("val" if split == "test" else "train"), config, progress)
     ids = np.arange(len(index), dtype=np.int64)
     return _folder_source(index, ids, config, split, resize_size, seed=seed, warn=warn, device_index=device_index)
@@ -115,7 +116,7 @@ def open_image_folder(
 ) -> ImageSource:
     """Open a split of any folder of class folders: ``train/`` and ``val/``, or one folder of which a part is the test set."""
     root, resize_size = _folder_settings(config)
-    if has_own_test_set(root):
+    if has_own_test_set(root, config.test_size):
         if config.test_size is not None:
             raise ConfigError(f"data.test_size is {config.test_size}, but {root} has a test set of its own in val/")
         return open_imagenet(config, split, seed=seed, warn=warn, progress=progress, device_index=device_index)
@@ -134,9 +135,35 @@ def open_image_folder(
     return _folder_source(index, ids, config, split, resize_size, seed=seed, warn=warn, device_index=device_index)
 
 
-def has_own_test_set(root: Path) -> bool:
-    """Whether a folder of images holds ``train/`` and ``val/``."""
-    return (root / "train").is_dir() and (root / "val").is_dir()
+def has_own_test_set(root: Path, test_size: int | None) -> bool:
+    """Whether a folder of images holds ``val/`` beside ``train/``, which an evaluation can do without."""
+    return (root / "val").is_dir() and ((root / "train").is_dir() or test_size is None)
+
+
+def folder_sizes(config: DataConfig) -> tuple[tuple[str, ...], int, int]:
+    """Return class names, training and test images of a folder, by its names or its shards' tables; no image is read.
+
+    Raises:
+        ConfigError, DataError: no folder is named, or it holds none.
+    """
+    if config.path is None:
+        raise ConfigError(f"data.path is null: '{config.dataset}' is counted where it lies; give data.path")
+    root = Path(config.path).expanduser()
+    if has_own_test_set(root, config.test_size):
+        check_layout(root, "train")
+        classes, train = _counted(root / "train")
+        return classes, train, _counted(root / "val")[1]
+    classes, images = _counted(root)
+    test = config.test_size or 0
+    return classes, images - test, test
+
+
+def _counted(folder: Path) -> tuple[tuple[str, ...], int]:
+    if has_shards(folder):
+        index = load_shards(folder)
+        return index.class_names, len(index)
+    paths = list_folder(folder)
+    return tuple(sorted({path.split("/", 1)[0] for path in paths})), len(paths)
 
 
 def _folder_settings(config: DataConfig) -> tuple[Path, int]:

@@ -15,13 +15,15 @@ from PIL import Image
 
 from distributed_at.catalogue.datasets import DATASETS
 from distributed_at.cli import main
-from distributed_at.config import DataConfig
+from distributed_at.config import DataConfig, RunConfig
 from distributed_at.data import open_split
+from distributed_at.data.index import INDEX_NAME
 from distributed_at.engine.runs.evaluate_run import evaluate_run
 from distributed_at.errors import ConfigError, DataError
 from distributed_at.planning import make_plan
 from distributed_at.recipes import load_recipe
 from tests.integration.training import TINY, cut_back, same_bits, tensors, train
+from tests.training_kit import one_world
 
 PACKAGE = Path(__file__).parents[2] / "distributed_at"
 CLASSES = ("blue whale", "ant", "żółw", "3")  # any names; sorted, they are 3, ant, blue whale, żółw
@@ -115,6 +117,44 @@ def test_a_folder_is_planned_trained_resumed_and_evaluated(tmp_path: Path, capsy
     assert [result.total for result in evaluate_run(whole).results] == [16, 16]
     assert main(["report", str(whole)]) == 0
     assert "folder of images" in (whole / "report.html").read_text()
+
+
+def test_evaluation_needs_the_test_images_alone_and_their_classes_to_be_the_ones_learned(tmp_path: Path) -> None:
+    """The training images are deleted, then the test images' folders get other names."""
+    fill(tmp_path / "all" / "train", 6)
+    fill(tmp_path / "all" / "val", 3, seed=1)
+    words = [*WORDS, f"data={{dataset: folder, path: '{tmp_path / 'all'}', backend: pil, validation_size: 4}}"]
+    words += ["data.augment={crop: random_resized, flip: true}", "attack.target=none"]
+    run = train(load_recipe("digits/adversarial.yaml", words).config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "all" / "train")
+    with one_world():
+        assert main(["eval", str(run), "--workers", "1"]) == 0
+    assert [result.total for result in evaluate_run(run).results] == [12, 12]
+    names = sorted(CLASSES)
+    val = tmp_path / "all" / "val"
+    (val / names[2]).rename(val / (names[2] + "x"))
+    (val / INDEX_NAME).unlink()
+    with pytest.raises(DataError, match=f"learned class 2 as '{names[2]}', which these images call '{names[2]}x'"):
+        evaluate_run(run)
+    shutil.rmtree(val / names[1])
+    (val / INDEX_NAME).unlink()
+    with pytest.raises(DataError, match="learned class 1 as"):
+        evaluate_run(run)
+
+
+def test_plan_counts_the_images_in_tar_shards(tmp_path: Path) -> None:
+    fill(tmp_path / "all" / "train", 6)
+    fill(tmp_path / "all" / "val", 3, seed=1)
+    assert main(["data", "shard", str(tmp_path / "all"), str(tmp_path / "shards")]) == 0
+    found = [make_plan(_recipe(tmp_path / name)) for name in ("all", "shards")]
+    assert [(plan.num_train, plan.num_test) for plan in found] == [(24, 12), (24, 12)]
+    assert found[0].statistics == found[1].statistics
+
+
+def _recipe(path: Path) -> RunConfig:
+    words = [*WORDS, f"data={{dataset: folder, path: '{path}', backend: pil, validation_size: 0}}"]
+    words += ["data.augment={crop: random_resized, flip: true}", "attack.target=none"]
+    return load_recipe("digits/adversarial.yaml", words).config
 
 
 PLUGIN = '''

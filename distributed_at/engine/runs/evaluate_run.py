@@ -105,6 +105,7 @@ def evaluate_run(
     chosen = list(entries) if entries is not None else on_both_branches(config.evaluation.final, config)
     with open_split(config.data, split, seed=config.seed) as source:
         saved = open_network(run, config, checkpoint, num_classes=source.num_classes)
+        saved.check_classes(source.class_names)
         network = saved.network.to(world.device)
         on_open(saved, source)
         subject = subject_of(network, config)

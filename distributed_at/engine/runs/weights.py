@@ -14,7 +14,7 @@ from distributed_at.engine.checkpoint.files import BadCheckpoint, read_manifest
 from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.engine.checkpoint.state import BUFFER, EMA, MODEL
 from distributed_at.engine.runs.folder import RunFolder
-from distributed_at.errors import CheckpointError
+from distributed_at.errors import CheckpointError, DataError
 from distributed_at.models import build_model
 
 Choice = Literal["auto", "best", "last"]
@@ -58,6 +58,22 @@ class SavedNetwork:
     path: Path
     step: int
     epoch: float
+    class_names: tuple[str, ...] = ()  # in the order of the logits; empty where the data set has none
+
+    def check_classes(self, names: tuple[str, ...]) -> None:
+        """Refuse images whose classes are not those that the network was trained on, in their order.
+
+        Raises:
+            DataError: names the first class that differs.
+        """
+        own = self.class_names
+        if not own or not names or own == names:
+            return
+        place = next((i for i, pair in enumerate(zip(own, names, strict=False)) if pair[0] != pair[1]), None)
+        what = f"{len(own)} classes, these images {len(names)}"
+        if place is not None:
+            what = f"class {place} as {own[place]!r}, which these images call {names[place]!r}"
+        raise DataError(f"{self.path}: its network learned {what}: labels would not agree; check data.path")
 
 
 def open_network(
@@ -82,7 +98,11 @@ def open_network(
         raise CheckpointError(f"{path} does not say how many classes its network has: give data.num_classes")
     network = load_network(config, manager, path, num_classes=int(classes), average=average)
     return SavedNetwork(
-        network=network, path=path, step=int(metadata.get("step", 0)), epoch=float(metadata.get("epoch", 0.0))
+        network=network,
+        path=path,
+        step=int(metadata.get("step", 0)),
+        epoch=float(metadata.get("epoch", 0.0)),
+        class_names=tuple(metadata.get("class_names", ())),
     )
 
 
