@@ -162,7 +162,7 @@ def _check(x_adv: torch.Tensor, clean: torch.Tensor, grad: torch.Tensor, directi
         )
 
 
-@torch.compiler.assume_constant_result
+@build.constant_to_compilers
 def _round_down(value: float) -> float:
     """Return the largest float32 not above ``value``: |x_adv - clean| <= eps must hold for the number as written."""
     near = np.float32(value)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from distributed_at import ops
-from distributed_at.ops import attack_kernels, group_norm
+from distributed_at.ops import attack_kernels, build, group_norm
 from tests.unit.ops_cases import lay_out, same_bits
 
 LAYOUTS = ("contiguous", "channels_last", "sliced")
@@ -92,3 +95,21 @@ def test_sizes_past_two_to_the_31_elements_keep_their_shape_on_meta():
     x = torch.empty(16000, 3, 224, 224, device="meta")
     assert x.numel() > 2**31
     assert ops.linf_step(x, x, x, eps=0.1, step=0.1, direction=1).shape == x.shape
+
+
+def test_functions_are_marked_as_torch_marks_constants():
+    def ours() -> int:
+        return 1
+
+    def theirs() -> int:
+        return 1
+
+    marked = vars(build.constant_to_compilers(ours)), vars(torch.compiler.assume_constant_result(theirs))
+    assert marked[0] == marked[1] != {}
+
+
+def test_attacks_are_imported_without_a_compiler():
+    """It would cost every process more than a second, also those that never compile."""
+    code = "import sys, distributed_at.engine.run; print([m for m in sys.modules if m.startswith('torch._dynamo')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
