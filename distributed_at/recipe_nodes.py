@@ -264,3 +264,8 @@ def replace_at(root: Node, path: KeyPath, leaf: Node) -> Node:
     children = dict(root.value) if isinstance(root.value, dict) else {}
     children[str(key)] = replace_at(children.get(str(key), Node({}, leaf.source)), rest, leaf)
     return Node(children, root.source)
+
+
+def without(node: Node, key: str) -> Node:
+    """Return a section without one of its keys."""
+    return Node({name: child for name, child in node.items() if name != key}, node.source)

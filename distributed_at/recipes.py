@@ -16,10 +16,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distributed_at.catalogue.networks import file_of
-from distributed_at.config import ModelConfig, PaperConfig, RunConfig
+from distributed_at.config import PaperConfig, RunConfig
 from distributed_at.errors import ConfigError, did_you_mean
-from distributed_at.plugins import load_installed, load_plugin
+from distributed_at.plugins import load_installed
+from distributed_at.recipe_code import absolute_network, with_absolute_network, with_network_file, with_plugins
 from distributed_at.recipe_errors import chosen_sections, config_error, unknown_name
 from distributed_at.recipe_nodes import (
     Node,
@@ -30,7 +30,9 @@ from distributed_at.recipe_nodes import (
     parse_file,
     parse_override_value,
     replace_at,
+    without,
 )
+from distributed_at.recipe_sections import lay, switch_network, switch_section
 
 FOLDERS = ("digits", "cifar", "imagenet")
 _SHOWN = 80  # characters of a name that a message quotes
@@ -95,7 +97,7 @@ def load_recipe(ref: str, overrides: Sequence[str] = ()) -> ResolvedRecipe:
         if text.partition("=")[0].strip() == "init":
             tree = _begin_from(tree, text)
     tree = _apply_overrides(tree, [text for text in overrides if text.partition("=")[0].strip() != "init"])
-    tree = _with_network_file(_without(tree, "extends"))
+    tree = with_network_file(without(tree, "extends"))
     return ResolvedRecipe(config=_validate(tree, ref), ref=ref, files=tuple(files), overrides=tuple(overrides))
 
 
@@ -244,7 +246,7 @@ def _folder(near: Path | None) -> Path | None:
 
 def _extend(node: Node, path: Path, files: list[Path], chain: tuple[str, ...]) -> Node:
     """Lay a section tree upon what its ``extends:`` names (a reference, or a list of which later ones win)."""
-    node = _with_absolute_network(_with_plugins(node, path.parent), path.parent)
+    node = with_absolute_network(with_plugins(node, path.parent), path.parent)
     extends = node.child("extends")
     if extends is None:
         return node
@@ -253,8 +255,8 @@ def _extend(node: Node, path: Path, files: list[Path], chain: tuple[str, ...]) -
         raise ConfigError(f"{extends.source}: extends: expected a reference or a list of them, got {extends.plain()!r}")
     base = Node({}, node.source)
     for ref in refs:
-        base = _lay(base, _resolve(ref.value, path, files, chain, ref.source))
-    return _lay(base, _without(node, "extends"))
+        base = lay(base, _resolve(ref.value, path, files, chain, ref.source))
+    return lay(base, without(node, "extends"))
 
 
 def _table_row(node: Node, path: Path, row: str, files: list[Path], chain: tuple[str, ...]) -> Node:
@@ -282,18 +284,18 @@ def _table_row(node: Node, path: Path, row: str, files: list[Path], chain: tuple
         section = Node({"extends": base}, base.source) if not isinstance(base.value, dict) else base
         tree = _extend(expand_dotted(section), path, files, chain)
     # The base's paper entry belongs to the base; a row starts from the table's.
-    tree = _without(tree, "paper")
+    tree = without(tree, "paper")
     paper = node.child("paper")
     if paper is not None:
-        tree = _lay(tree, Node({"paper": paper}, paper.source))
-    tree = _lay(tree, Node({"name": Node(f"{path.stem}-{row}", chosen.source)}, chosen.source))
-    own = _with_absolute_network(_with_plugins(expand_dotted(chosen), path.parent), path.parent)
+        tree = lay(tree, Node({"paper": paper}, paper.source))
+    tree = lay(tree, Node({"name": Node(f"{path.stem}-{row}", chosen.source)}, chosen.source))
+    own = with_absolute_network(with_plugins(expand_dotted(chosen), path.parent), path.parent)
     if own.child("extends") is not None:
-        inherited = _without(
-            _without(_extend(Node({"extends": own.value["extends"]}, own.source), path, files, chain), "name"), "paper"
+        inherited = without(
+            without(_extend(Node({"extends": own.value["extends"]}, own.source), path, files, chain), "name"), "paper"
         )
-        tree = _lay(tree, inherited)
-    return _lay(tree, _numbers(_without(own, "extends")))
+        tree = lay(tree, inherited)
+    return lay(tree, _numbers(without(own, "extends")))
 
 
 def _numbers(row: Node) -> Node:
@@ -313,107 +315,6 @@ def _numbers(row: Node) -> Node:
     return Node({**row.value, "paper": Node(fields, paper.source)}, row.source)
 
 
-def _lay(base: Node, over: Node) -> Node:
-    """Merge, and drop what a section of another name inherits but does not have."""
-    for key in chosen_sections():
-        section = over.child(key)
-        base = _switch_section(base, key, section.child("name") if section is not None else None)
-    model = over.child("model")
-    base = _switch_network(base, model.child("arch") if model is not None else None)
-    return merge(base, over)
-
-
-def _switch_network(base: Node, arch: Node | None) -> Node:
-    """Drop what another network inherits but does not have: its layout, and all fields of ours where it is not ours."""
-    model = base.child("model")
-    before = model.child("arch") if model is not None else None
-    if arch is None or model is None or before is None or not isinstance(arch.value, str) or arch.value == before.value:
-        return base
-    kept = {key: child for key, child in model.items() if ModelConfig.survives(key, arch.value)}
-    return Node({**base.value, "model": Node(kept, model.source)}, base.source)
-
-
-def _switch_section(base: Node, key: str, name: Node | None) -> Node:
-    section = base.child(key)
-    if name is None or section is None or not isinstance(section.value, dict):
-        return base
-    chosen = chosen_sections()[key]
-    current = section.child("name")
-    if name.value == (chosen.default if current is None else current.value):
-        return base
-    fields = chosen.classes()[name.value].model_fields if name.value in chosen.registry else {}
-    kept = {field: child for field, child in section.items() if field in fields}
-    return Node({**base.value, key: Node(kept, section.source)}, base.source)
-
-
-def _with_plugins(node: Node, folder: Path) -> Node:
-    """Load the plug-ins that a section names, relative to ``folder``, and write down their paths and contents.
-
-    Before anything is merged: which keys of a section stand may be a plug-in's to say.
-    """
-    plugins = node.child("plugins")
-    if plugins is None or not isinstance(plugins.value, list):
-        return node
-    arch = node.find(("model", "arch")).value
-    network = file_of(arch) if isinstance(arch, str) else None
-    found = []
-    for item in plugins.value:
-        told = item.plain()
-        given = told if isinstance(told, dict) else {"path": told}
-        if not isinstance(given.get("path"), str) or not isinstance(given.get("sha256", ""), str):
-            raise ConfigError(f"{item.source}: plugins: expected a Python file, got {told!r}")
-        try:
-            file = (folder / Path(given["path"]).expanduser()).resolve()
-            function = network[1] if network is not None and network[0] == str(file) else None
-            path, digest = load_plugin(file, given.get("sha256"), beside=folder, function=function)
-        except ConfigError as error:
-            raise ConfigError(f"{item.source}: {error}") from None
-        found.append(Node({"path": Node(str(path), item.source), "sha256": Node(digest, item.source)}, item.source))
-    return Node({**node.value, "plugins": Node(found, plugins.source)}, node.source)
-
-
-def _with_absolute_network(node: Node, folder: Path) -> Node:
-    """Write ``model.arch: FILE.py:FUNCTION`` as found from ``folder``, before it is merged into files of other folders."""
-    model = node.child("model")
-    arch = model.child("arch") if model is not None else None
-    if model is None or arch is None:
-        return node
-    written = _absolute_network(arch, folder)
-    return Node({**node.value, "model": Node({**model.value, "arch": written}, model.source)}, node.source)
-
-
-def _absolute_network(arch: Node, folder: Path) -> Node:
-    found = file_of(arch.value) if isinstance(arch.value, str) else None
-    if found is None:
-        return arch
-    return Node(f"{(folder / Path(found[0]).expanduser()).resolve()}:{found[1]}", arch.source)
-
-
-def _with_network_file(tree: Node) -> Node:
-    """Load the file of ``model.arch: FILE.py:FUNCTION`` and write it down among the plug-ins, with its content's hash."""
-    arch = tree.find(("model", "arch"))
-    found = file_of(arch.value) if isinstance(arch.value, str) else None
-    if found is None:
-        return tree
-    file, function = found
-    plugins = tree.child("plugins")
-    listed = plugins.value if plugins is not None and isinstance(plugins.value, list) else []
-    held = next((item for item in listed if item.plain().get("path") == file), None)
-    try:
-        if held is None:
-            _, digest = load_plugin(Path(file), function=function)
-    except ConfigError as error:
-        raise ConfigError(f"{arch.source}: model.arch: {error}") from None
-    if held is not None:
-        return tree
-    item = Node({"path": Node(file, arch.source), "sha256": Node(digest, arch.source)}, arch.source)
-    return Node({**tree.value, "plugins": Node([*listed, item], arch.source)}, tree.source)
-
-
-def _without(node: Node, key: str) -> Node:
-    return Node({name: child for name, child in node.items() if name != key}, node.source)
-
-
 def _begin_from(tree: Node, text: str) -> Node:
     """Apply ``init=RUN``: that run's network and data, and its weights to begin with; a weights file has no recipe."""
     source, value = Source(f"override {text!r}"), text.partition("=")[2].strip()
@@ -422,9 +323,22 @@ def _begin_from(tree: Node, text: str) -> Node:
         raise ConfigError(f"{source}: there is no {value!r}, nor runs/{value}: give a run folder or a weights file")
     path = path.resolve()
     if (path / "recipe.yaml").is_file():
-        held = _parse(path / "recipe.yaml")
-        tree = Node({**tree.value, **{k: held.value[k] for k in ("model", "data") if k in held.value}}, tree.source)
+        # the run's plug-ins with it, as they were: its network or data may be theirs
+        held = with_plugins(_parse(path / "recipe.yaml"), path)
+        taken = {key: held.value[key] for key in ("model", "data") if key in held.value}
+        tree = Node({**tree.value, **taken, "plugins": _united(tree, held)}, tree.source)
     return replace_at(tree, ("train", "init_from"), Node(str(path), source))
+
+
+def _united(tree: Node, held: Node) -> Node:
+    """Return the plug-ins of both, each file once."""
+    found = {
+        item.plain()["path"]: item
+        for node in (held.child("plugins"), tree.child("plugins"))
+        if node is not None and isinstance(node.value, list)
+        for item in node.value
+    }
+    return Node(list(found.values()), held.source)
 
 
 def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
@@ -439,19 +353,19 @@ def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
         path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
         node = parse_override_value(value, source)
         if path == ("model", "arch"):
-            node = _absolute_network(node, Path.cwd())
+            node = absolute_network(node, Path.cwd())
         elif path == ("model",):
-            node = _with_absolute_network(Node({"model": node}, source), Path.cwd()).value["model"]
+            node = with_absolute_network(Node({"model": node}, source), Path.cwd()).value["model"]
         if path == ("plugins",):
-            node = _with_plugins(Node({"plugins": node}, source), Path.cwd()).value["plugins"]
+            node = with_plugins(Node({"plugins": node}, source), Path.cwd()).value["plugins"]
         parsed.append((path, node))
     for path, node in parsed:
         key = str(path[0])
         if key in chosen_sections():
             name = node if path == (key, "name") else node.child("name") if path == (key,) else None
-            tree = _switch_section(tree, key, name)
+            tree = switch_section(tree, key, name)
         arch = node if path == ("model", "arch") else node.child("arch") if path == ("model",) else None
-        tree = _switch_network(tree, arch)
+        tree = switch_network(tree, arch)
     for path, node in parsed:
         tree = replace_at(tree, path, node)
     return tree

@@ -95,13 +95,13 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             ConfigError: a built-in entry has this name, or it is no such entry.
         """
+        if name in self._builtin:
+            raise ConfigError(f"{origin}: {self.kind} {name!r} exists already in the package; choose another name")
         wanted = load_attribute(self._entry) if isinstance(self._entry, str) else self._entry
         if wanted is not None and not (
             issubclass(entry, wanted) if isinstance(entry, type) else isinstance(entry, wanted)
         ):
             raise ConfigError(f"{origin}: {self.kind} {name!r} must be of {wanted.__qualname__}, got {entry!r}")
-        if name in self._builtin:
-            raise ConfigError(f"{origin}: {self.kind} {name!r} exists already in the package; choose another name")
         self._added[name] = (entry, origin)
 
     def remove(self, name: str) -> None:

@@ -17,6 +17,8 @@ from distributed_at.catalogue.schedules import SCHEDULES
 from distributed_at.cli import main
 from distributed_at.config import RunConfig
 from distributed_at.engine.runs.evaluate_run import evaluate_run
+from distributed_at.engine.runs.folder import RunFolder
+from distributed_at.engine.runs.weights import open_network
 from distributed_at.errors import ConfigError
 from distributed_at.objectives import OBJECTIVES
 from distributed_at.planning import make_plan
@@ -171,3 +173,28 @@ def test_a_plugins_optimiser_and_schedule_train_and_resume_bitwise(training_plug
         load_recipe("digits/adversarial.yaml", [*TINY, "optimizer.options={betas: [0.8, 0.9]}"])
     with pytest.raises(ConfigError, match=r"nesterov needs optimizer\.name: sgd"):
         load_recipe("digits/adversarial.yaml", [*words, "optimizer.nesterov=true"])
+
+
+def test_run_that_begins_from_another_has_its_plugins(tmp_path: Path) -> None:
+    """Its network and data may be theirs: ``init=RUN`` takes both over."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef tiny(num_classes, width=8):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
+        "nn.Linear(width, num_classes))\n\n\nNETWORKS = {'mine': tiny}\n"
+    )
+    words = [word for word in TINY if not word.startswith("model=")]
+    try:
+        mine = ["model={arch: mine, options: {width: 12}}", f"plugins=[{tmp_path / 'net.py'}]"]
+        first = train(load_recipe("digits/adversarial.yaml", [*words, *mine]).config, tmp_path / "first")
+        NETWORKS.remove("mine")
+        config = load_recipe("digits/adversarial.yaml", [*words, f"init={first}", "seed=3"]).config
+        assert (config.model.arch, config.model.options) == ("mine", {"width": 12})
+        assert [Path(plugin.path).name for plugin in config.plugins] == ["net.py"]
+        begun = built(config, RunFolder(tmp_path / "none")).engine.module.state_dict()
+        saved = open_network(RunFolder(first), config, "last").network.state_dict()
+        assert all(same_bits(tensor, saved[name]) for name, tensor in begun.items())
+        second = train(config, tmp_path / "second")
+        assert evaluate_run(second).results[0].total == 16
+    finally:
+        if "mine" in NETWORKS:
+            NETWORKS.remove("mine")

@@ -101,7 +101,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a network from a file is not part of the run",
-        "recipes.py",
+        "recipe_code.py",
         '    return Node({**tree.value, "plugins": Node([*listed, item], arch.source)}, tree.source)\n',
         "    return tree\n",
         _TRAINED + "test_network_of_a_file_beside_the_recipe_is_part_of_the_run",
@@ -116,7 +116,7 @@ MUTATIONS = (
     Mutation(
         "another network inherits the layout of the one before",
         "recipes.py",
-        "        tree = _switch_network(tree, arch)\n",
+        "        tree = switch_network(tree, arch)\n",
         "",
         _TRAINED + "test_what_cannot_be_built_is_told_in_one_line[torchvision:resnet1-Did you mean 'resnet18'\\\\?]",
     ),

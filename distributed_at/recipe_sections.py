@@ -1,0 +1,41 @@
+"""Sections whose fields depend on a name in them: what one inherits from another and does not have is dropped."""
+
+from __future__ import annotations
+
+from distributed_at.config import ModelConfig
+from distributed_at.recipe_errors import chosen_sections
+from distributed_at.recipe_nodes import Node, merge
+
+
+def lay(base: Node, over: Node) -> Node:
+    """Merge, and drop what a section of another name inherits but does not have."""
+    for key in chosen_sections():
+        section = over.child(key)
+        base = switch_section(base, key, section.child("name") if section is not None else None)
+    model = over.child("model")
+    base = switch_network(base, model.child("arch") if model is not None else None)
+    return merge(base, over)
+
+
+def switch_network(base: Node, arch: Node | None) -> Node:
+    """Drop what another network inherits but does not have: its layout, and all fields of ours where it is not ours."""
+    model = base.child("model")
+    before = model.child("arch") if model is not None else None
+    if arch is None or model is None or before is None or not isinstance(arch.value, str) or arch.value == before.value:
+        return base
+    kept = {key: child for key, child in model.items() if ModelConfig.survives(key, arch.value)}
+    return Node({**base.value, "model": Node(kept, model.source)}, base.source)
+
+
+def switch_section(base: Node, key: str, name: Node | None) -> Node:
+    """Drop what a section of another ``name`` inherits but does not have."""
+    section = base.child(key)
+    if name is None or section is None or not isinstance(section.value, dict):
+        return base
+    chosen = chosen_sections()[key]
+    current = section.child("name")
+    if name.value == (chosen.default if current is None else current.value):
+        return base
+    fields = chosen.classes()[name.value].model_fields if name.value in chosen.registry else {}
+    kept = {field: child for field, child in section.items() if field in fields}
+    return Node({**base.value, key: Node(kept, section.source)}, base.source)
