@@ -1,6 +1,6 @@
 """What GPUs have reached on ResNet training, as others published it: the rates behind ``plan``'s hours.
 
-These are sustained rates of whole training runs, not datasheet peaks (those, for MFU, are in ``observe/cost.py``).
+These are sustained rates of whole training runs, not datasheet peaks (those, for MFU, are in ``cost.py``).
 """
 
 from __future__ import annotations

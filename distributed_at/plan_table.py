@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from distributed_at.observe.cost import format_seconds
+from distributed_at.cost import format_seconds
 from distributed_at.planning import Plan
 
 

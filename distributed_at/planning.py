@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from distributed_at.accelerators import Gpu, Rate, attack_arithmetic, find_gpu
 from distributed_at.config import DataConfig, EvaluationEntry, RunConfig
+from distributed_at.cost import config_units
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.schedules import Schedules
 from distributed_at.errors import ConfigError
 from distributed_at.evaluation.kinds import KINDS
 from distributed_at.objectives import OBJECTIVES
-from distributed_at.observe.cost import config_units
 from distributed_at.plan_warnings import PlanWarning, plan_warnings
 
 if TYPE_CHECKING:

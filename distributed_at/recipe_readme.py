@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 from distributed_at.accelerators import attack_arithmetic, find_gpu
+from distributed_at.cost import config_units
 from distributed_at.models.statistics import count_macs
-from distributed_at.observe.cost import config_units
 from distributed_at.planning import count_classes, split_sizes
 from distributed_at.recipes import FOLDERS, RecipeEntry, group_by_table, list_recipes, recipe_root
 

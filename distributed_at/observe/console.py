@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from distributed_at.observe.cost import format_seconds, seconds_left
+from distributed_at.cost import format_seconds, seconds_left
 from distributed_at.observe.record import Measurement, parse_measurement
 
 RECENT_ROWS = 20  # train rows that the rate for the time left is taken from

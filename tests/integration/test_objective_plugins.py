@@ -5,16 +5,22 @@ And what the interface has room for holds: batches used several times, other net
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from distributed_at.attacks import PGD
 from distributed_at.batch import Batch
 from distributed_at.engine.checkpoint.tools import read_checkpoint
+from distributed_at.engine.parallel import TrainingEngine
 from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
+from distributed_at.objectives import Needs
+from distributed_at.objectives.pgd_at import PgdAt
 from distributed_at.observe.record import load_run
 from distributed_at.observe.report.page import _facts
 from distributed_at.planning import Plan, make_plan
@@ -181,3 +187,55 @@ def test_own_images_of_an_objective_keep_to_the_ball_of_the_recipe(tmp_path: Pat
     eps = load_recipe("digits/adversarial").config.attack.eps / 255
     assert delta.shape == (24, 3, 8, 8)
     assert delta.abs().max().item() == pytest.approx(eps)
+
+
+def test_every_use_of_a_batch_begins_from_starts_and_masks_of_its_own(tmp_path: Path) -> None:
+    class Twice(PgdAt):
+        """Adversarial training on each batch twice (Shafahi et al. 2019 show it m times)."""
+
+        class Config(PgdAt.Config):
+            """PGD-AT, each batch twice."""
+
+            name: str = "twice"
+
+        @classmethod
+        def needs(cls, config: Config) -> Needs:
+            return Needs(repeats=2)
+
+    draws: list[tuple[int, int]] = []
+    perturb = PGD.perturb
+
+    def spied(self: PGD, *images: torch.Tensor, **options: Any) -> torch.Tensor:
+        draws.append((int(options["sample_ids"][0]), self.first_draw))
+        return perturb(self, *images, **options)
+
+    with registered(Twice), mock.patch.object(PGD, "perturb", spied):
+        train(tmp_path / "run", ["objective.name=twice", "attack.restarts=3", "train.micro_batch_size=null"])
+    assert [first for _, first in draws] == [0, 3] * (len(draws) // 2)
+    assert [ids for ids, _ in draws[::2]] == [ids for ids, _ in draws[1::2]]
+    engine, batch = TrainingEngine.__new__(TrainingEngine), batch_of()[0]
+    numbers = []
+    for repeat in range(3):
+        engine.begin_batch(replace(batch, repeat=repeat), 1)
+        numbers.append(engine._draw.forward)
+    assert numbers == [0, 64, 128]
+
+
+def test_soft_labels_reach_attack_and_loss(tmp_path: Path) -> None:
+    """What ``prepare`` gives a batch: an attack whose loss takes soft labels climbs them, another goes by the labels."""
+    given: list[torch.Tensor | None] = []
+    perturb = PGD.perturb
+
+    def spied(self: PGD, *images: torch.Tensor, **options: Any) -> torch.Tensor:
+        given.append(options["soft_labels"])
+        return perturb(self, *images, **options)
+
+    with mock.patch.object(PGD, "perturb", spied):
+        train(tmp_path / "ce", WORDS["taught"])
+        soft = [labels for labels in given if labels is not None]
+        assert len(soft) == len(given) > 0
+        assert all(torch.allclose(labels.sum(dim=1), torch.ones(len(labels))) for labels in soft)
+        given.clear()
+        train(tmp_path / "margin", [*WORDS["taught"], "attack.loss=margin"])
+        assert given
+        assert all(labels is None for labels in given)

@@ -343,9 +343,30 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "plan counts the test part of a folder among the training images",
-        "planning.py",
-        "len(paths) - (0 if own else test), test",
-        "len(paths), test",
+        "data/sources.py",
+        "return classes, images - test, test",
+        "return classes, images, test",
         _ANY + "test_a_folder_is_planned_trained_resumed_and_evaluated",
+    ),
+    Mutation(
+        "plan lists shards as if they were folders",
+        "data/sources.py",
+        "    if has_shards(folder):\n        index = load_shards(folder)\n        return index.class_names, len(index)\n",
+        "",
+        _ANY + "test_plan_counts_the_images_in_tar_shards",
+    ),
+    Mutation(
+        "images of other classes than a network learned are measured",
+        "engine/runs/evaluate_run.py",
+        "        saved.check_classes(source.class_names)\n",
+        "",
+        _ANY + "test_evaluation_needs_the_test_images_alone_and_their_classes_to_be_the_ones_learned",
+    ),
+    Mutation(
+        "the test images are not to be had without those of training",
+        "data/imagenet.py",
+        '(split == "test" or (root / "train").is_dir())',
+        '(root / "train").is_dir()',
+        _ANY + "test_evaluation_needs_the_test_images_alone_and_their_classes_to_be_the_ones_learned",
     ),
 )

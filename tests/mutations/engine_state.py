@@ -313,4 +313,42 @@ ARITHMETIC = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*TWIN, *RESUMING, *ARITHMETIC)
+ATTACKING: tuple[Mutation, ...] = (
+    Mutation(
+        "a batch that is used again begins from the same starts",
+        "engine/trainer.py",
+        "replace(p.attack, first_draw=batch.repeat * p.attack.restarts) if batch.repeat else p.attack",
+        "p.attack",
+        "tests/integration/test_objective_plugins.py::test_every_use_of_a_batch_begins_from_starts_and_masks_of_its_own",
+    ),
+    Mutation(
+        "a batch that is used again has the same masks",
+        "engine/parallel.py",
+        "batch.repeat * FORWARDS_A_STEP + forward",
+        "forward",
+        "tests/integration/test_objective_plugins.py::test_every_use_of_a_batch_begins_from_starts_and_masks_of_its_own",
+    ),
+    Mutation(
+        "soft labels do not reach the attack of training",
+        "engine/trainer.py",
+        "soft_labels=batch.soft_labels if p.attack.takes_soft_labels else None,",
+        "soft_labels=None,",
+        "tests/integration/test_objective_plugins.py::test_soft_labels_reach_attack_and_loss",
+    ),
+    Mutation(
+        "the forward that a published attack ends with is not made",
+        "config/attack.py",
+        'return self.final_forward and self.bn_mode == "train"',
+        "return False",
+        "tests/integration/test_statistics_updates.py::test_one_step_moves_the_statistics_as_often_as_the_published_code[baselines.yaml#resnet18-train-14]",
+    ),
+    Mutation(
+        "TRADES' attack looks at the clean images once",
+        "config/attack.py",
+        'return self.reference_forward == "each_step" and self.bn_mode == "train"',
+        "return False",
+        "tests/integration/test_statistics_updates.py::test_one_step_moves_the_statistics_as_often_as_the_published_code[table9.yaml#eps8-wrn34-10-wd2e-4-train-22]",
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (*TWIN, *RESUMING, *ARITHMETIC, *ATTACKING)

@@ -62,7 +62,7 @@ PROTOCOL = (
     Mutation(
         "targeted attacks leave out what is wrong without an attack",
         "evaluation/kinds/pgd.py",
-        '"clean_correct" if attack.target == "none" else "all"',
+        '"all" if ATTACK_TARGETS[attack.target].targeted else "clean_correct"',
         '"clean_correct"',
         _ROW + "[linf, random other target-trained]",
     ),
@@ -83,8 +83,8 @@ PROTOCOL = (
     Mutation(
         "the width of a Gaussian start is that of TRADES whatever the recipe says",
         "evaluation/kinds/pgd.py",
-        '"start_std": attack.start_std if attack.start == "gaussian" else 0.0',
-        '"start_std": attack.start_std if attack.start != "gaussian" else 0.0',
+        '"start_std": attack.start_std if ATTACK_STARTS[attack.start].spread else 0.0',
+        '"start_std": attack.start_std if not ATTACK_STARTS[attack.start].spread else 0.0',
         _ROW + "[linf from Gaussian noise that is not clipped-trained]",
     ),
     Mutation(

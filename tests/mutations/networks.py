@@ -60,9 +60,30 @@ MUTATIONS = (
     Mutation(
         "layer norms decay",
         "models/parameters.py",
-        "_OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)",
-        "_OTHER_NORMS = (nn.GroupNorm, nn.RMSNorm)",
+        "_OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)",
+        "_OTHER_NORMS = (nn.GroupNorm, nn.RMSNorm, _NormBase)",
         _UNIT + "test_decay_reaches_kernels_and_no_norm",
+    ),
+    Mutation(
+        "another network gets a batch norm where a plug-in's norm was asked for",
+        "catalogue/norms.py",
+        "        if self.take_over is None:\n            made = self.make(config, layer.num_features).to(layer.weight.device, layer.weight.dtype)\n",
+        "        if self.take_over is None:\n            made = NORMS['gn'].instead_of(config, layer)\n",
+        "tests/unit/test_norm_plugins.py::test_layer_of_the_plugin_stands_everywhere[instance-InstanceNorm2d-torchvision:resnet18]",
+    ),
+    Mutation(
+        "norms of torch that a plug-in makes decay",
+        "models/parameters.py",
+        "nn.RMSNorm, _NormBase)",
+        "nn.RMSNorm)",
+        "tests/unit/test_norm_plugins.py::test_parameters_of_torch_s_norms_are_norms_to_weight_decay",
+    ),
+    Mutation(
+        "a run begun from another does not bring its plug-ins",
+        "recipes.py",
+        '"plugins": _united(tree, held)',
+        '"plugins": _united(tree, tree)',
+        "tests/integration/test_plugins.py::test_run_that_begins_from_another_has_its_plugins",
     ),
     Mutation(
         "masks depend on the place in the batch",

@@ -54,14 +54,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "passes without a backward cost as much as trained ones",
-        "observe/cost.py",
+        "cost.py",
         "+ FORWARD * passes.watched)",
         "+ one_pass * passes.watched)",
         _COST + "test_objectives_pay_for_their_clean_passes",
     ),
     Mutation(
         "an objective that makes its own images pays for the recipe's attack too",
-        "observe/cost.py",
+        "cost.py",
         'if attack and objective.needs(section).attack == "given":',
         "if attack:",
         _PLUGINS + "test_repeated_batches_are_steps_of_their_own_in_the_plan",
@@ -163,5 +163,12 @@ MUTATIONS: tuple[Mutation, ...] = (
         "states += len(objective.needs(config.objective).networks) * (",
         "states += bool(objective.needs(config.objective).networks) * (",
         _PLUGINS + "test_other_networks_count_in_memory_and_checkpoints",
+    ),
+    Mutation(
+        "clean forwards of the attack cost nothing",
+        "cost.py",
+        "return steps + last + clean_forwards(attack) * FORWARD",
+        "return steps + last",
+        _COST + "test_kl_attack_and_restarts_pay_for_their_extra_forwards",
     ),
 )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distributed_at.config import AttackConfig
-from distributed_at.observe.cost import (
+from distributed_at.cost import (
     attack_units,
     format_seconds,
     forward_flops,

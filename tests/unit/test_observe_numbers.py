@@ -10,8 +10,8 @@ import pytest
 import yaml
 from scipy.stats import binomtest
 
+from distributed_at.cost import mfu, recipe_forward_flops
 from distributed_at.observe.console import ConsoleView
-from distributed_at.observe.cost import mfu, recipe_forward_flops
 from distributed_at.observe.record import load_run
 from distributed_at.observe.secrets import redact_text, secret_values
 from distributed_at.observe.tables import evaluation_rows

@@ -138,7 +138,7 @@ class Pgd(EvaluationKind):
 
     @classmethod
     def forward_units(cls, entry: EvaluationEntry) -> float:
-        from distributed_at.observe.cost import attack_units
+        from distributed_at.cost import attack_units
 
         assert entry.attack is not None
         attack = entry.attack.model_copy(update={"bn_mode": "eval"})

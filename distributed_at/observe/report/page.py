@@ -10,9 +10,9 @@ import yaml
 
 from distributed_at.accelerators import attack_arithmetic
 from distributed_at.catalogue.datasets import recorded_dataset
+from distributed_at.cost import format_seconds, gpu_hours, mfu, peak_rate, recipe_forward_flops, recipe_units
 from distributed_at.objectives import recorded_objective
 from distributed_at.observe.console import time_shares
-from distributed_at.observe.cost import format_seconds, gpu_hours, mfu, peak_rate, recipe_forward_flops, recipe_units
 from distributed_at.observe.events import read_events
 from distributed_at.observe.record import RunRecord
 from distributed_at.observe.report.charts import interval_mark
