@@ -30,6 +30,7 @@ REGISTRIES = {
     "DATASETS": "distributed_at.catalogue.datasets:DATASETS",
     "OPTIMIZERS": "distributed_at.catalogue.optimizers:OPTIMIZERS",
     "SCHEDULES": "distributed_at.catalogue.schedules:SCHEDULES",
+    "WARMUPS": "distributed_at.catalogue.schedules:WARMUPS",
     "NORMS": "distributed_at.catalogue.norms:NORMS",
     "ATTACK_LOSSES": "distributed_at.catalogue.attacks:ATTACK_LOSSES",
     "ATTACK_TARGETS": "distributed_at.catalogue.attacks:ATTACK_TARGETS",

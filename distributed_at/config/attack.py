@@ -14,6 +14,7 @@ from distributed_at.catalogue.attacks import (
     BALLS,
     STEP_RULES,
 )
+from distributed_at.catalogue.schedules import WARMUPS
 from distributed_at.config.base import AttackDtype, BnMode, Branch, Pixels, Strict
 from distributed_at.config.choice import Choice
 
@@ -69,7 +70,7 @@ class AttackConfig(Strict):
     )
     branch: Branch = "adv"
     eps_warmup_epochs: float = Field(default=0, ge=0)
-    eps_warmup_form: Literal["linear", "overshoot"] = Field(
+    eps_warmup_form: Annotated[str, Choice(WARMUPS)] = Field(
         default="linear", description="'overshoot' = (t + 1) / n as in the Bag-of-tricks code"
     )
     dtype: AttackDtype = "fp32"

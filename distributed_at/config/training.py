@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from distributed_at.catalogue.optimizers import OPTIMIZERS, Optimizer
-from distributed_at.catalogue.schedules import SCHEDULES, Schedule
+from distributed_at.catalogue.schedules import SCHEDULES, WARMUPS, Schedule
 from distributed_at.config.base import Branch, Strict
 from distributed_at.config.choice import Choice
 from distributed_at.registry import Registry
@@ -70,12 +70,15 @@ class ScheduleConfig(Strict):
     decay_every: float = Field(default=2.0, gt=0, description="epochs between two factors of exponential (staircase)")
     warmup_epochs: float = Field(default=0.0, ge=0)
     warmup_start: float | None = Field(default=None, ge=0, description="rate at step 0 of a linear warm-up; null = 0")
-    warmup_form: Literal["linear", "overshoot"] = Field(
+    warmup_form: Annotated[str, Choice(WARMUPS)] = Field(
         default="linear", description="'overshoot' = (t + 1) / n as in the Bag-of-tricks code"
     )
 
     @model_validator(mode="after")
     def _milestones(self) -> ScheduleConfig:
+        if self.warmup_start is not None and not WARMUPS[self.warmup_form].from_start:
+            having = " or ".join(name for name in WARMUPS if WARMUPS[name].from_start)
+            raise ValueError(f"warmup_start belongs to warmup_form {having}; this form is '{self.warmup_form}'")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones must rise, got {list(self.milestones)}")
         if self.facts.milestones and not self.milestones:

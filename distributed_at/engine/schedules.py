@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from distributed_at.catalogue.schedules import WARMUPS
 from distributed_at.config import AttackConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from distributed_at.engine.batching import total_steps
 
@@ -29,11 +30,10 @@ def learning_rate(
     step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int
 ) -> float:
     """Rate of optimiser step ``step`` (from 0) in a run of ``num_steps`` steps."""
-    if _warming_up(step, schedule.warmup_epochs, schedule.warmup_form, steps_per_epoch):
-        if schedule.warmup_form == "overshoot":
-            return base_lr * _overshoot(step, steps_per_epoch, schedule.warmup_epochs)
+    share = WARMUPS[schedule.warmup_form].load()(step, steps_per_epoch, schedule.warmup_epochs)
+    if share is not None:
         start = schedule.warmup_start or 0.0
-        return start + (base_lr - start) * step / (schedule.warmup_epochs * steps_per_epoch)
+        return start + (base_lr - start) * share
     return schedule.facts.formula()(
         step, schedule=schedule, base_lr=base_lr, steps_per_epoch=steps_per_epoch, num_steps=num_steps
     )
@@ -71,14 +71,21 @@ def _drops(step: int, schedule: ScheduleConfig, steps_per_epoch: int) -> int:
     return sum(step + shift >= milestone * steps_per_epoch - _TOLERANCE for milestone in schedule.milestones)
 
 
-def _warming_up(step: int, epochs: float, form: str, steps_per_epoch: int) -> bool:
-    """'overshoot' tests t = (s + 1) / n as its code does, so it ends one iteration before 'linear'."""
-    return step + (form == "overshoot") < epochs * steps_per_epoch - _TOLERANCE
+def linear_share(step: int, steps_per_epoch: int, epochs: float) -> float | None:
+    """Return step / steps of warm-up: nothing at step 0, everything after the last one (Goyal et al. 2017)."""
+    return step / (epochs * steps_per_epoch) if _before(step, steps_per_epoch, epochs) else None
 
 
-def _overshoot(step: int, steps_per_epoch: int, epochs: float) -> float:
-    """Bag-of-tricks warm-up (t + 1) / n: begins near 1 / n and peaks near (n + 1) / n before it snaps back to 1."""
-    return ((step + 1) / steps_per_epoch + 1.0) / epochs
+def overshoot_share(step: int, steps_per_epoch: int, epochs: float) -> float | None:
+    """Return (t + 1) / n of Pang et al.'s code, t = (step + 1) / steps an epoch: near 1 / n first, (n + 1) / n at last.
+
+    Its clock stands one step later, so it ends one step before a linear warm-up of the same length.
+    """
+    return ((step + 1) / steps_per_epoch + 1.0) / epochs if _before(step + 1, steps_per_epoch, epochs) else None
+
+
+def _before(step: int, steps_per_epoch: int, epochs: float) -> bool:
+    return step < epochs * steps_per_epoch - _TOLERANCE
 
 
 def cyclic(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
@@ -90,11 +97,8 @@ def cyclic(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epo
 
 def eps_scale(step: int, *, attack: AttackConfig, steps_per_epoch: int) -> float:
     """Factor on ``attack.eps`` at a training step; may exceed 1 with the 'overshoot' form. The step size stays."""
-    if not _warming_up(step, attack.eps_warmup_epochs, attack.eps_warmup_form, steps_per_epoch):
-        return 1.0
-    if attack.eps_warmup_form == "overshoot":
-        return _overshoot(step, steps_per_epoch, attack.eps_warmup_epochs)
-    return step / (attack.eps_warmup_epochs * steps_per_epoch)
+    share = WARMUPS[attack.eps_warmup_form].load()(step, steps_per_epoch, attack.eps_warmup_epochs)
+    return 1.0 if share is None else share
 
 
 @dataclass(frozen=True, kw_only=True)

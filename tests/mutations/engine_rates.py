@@ -8,8 +8,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "a warm-up that ends on a step lasts one step longer",
         "engine/schedules.py",
-        "< epochs * steps_per_epoch - _TOLERANCE",
-        "< epochs * steps_per_epoch + _TOLERANCE",
+        "step < epochs * steps_per_epoch - _TOLERANCE",
+        "step < epochs * steps_per_epoch + _TOLERANCE",
         _RUN + "[bag-of-tricks-1x1]",
     ),
     Mutation(
