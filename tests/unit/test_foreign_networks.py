@@ -380,3 +380,15 @@ def test_a_recipe_that_names_another_network_inherits_what_that_one_can_have(arc
     fields = ("blocks", "block", "base_width", "stem", "activation", "norm", "pixel_mean", "groups")
     assert {name for name in fields if not ModelConfig.survives(name, arch)} == dropped
     assert not ModelConfig.survives("pretrained", arch)
+
+
+@pytest.mark.parametrize("arch", ["torchvision:vit_b_16", pytest.param("timm:vit_small_patch16_224", marks=needs_timm)])
+def test_attention_of_the_twin_multiplies_no_matrix_image_by_image(arch: str) -> None:
+    """A frozen matrix behind a transposed view would be expanded over the batch: a third of a ViT's attack."""
+    twin = Twin(network(arch), bn_mode="eval")
+    image = images(arch, 3).requires_grad_()
+    with torch.profiler.profile() as seen:
+        (gradient,) = torch.autograd.grad(twin(image).sum(), image)
+    assert gradient.abs().max() > 0
+    assert "aten::bmm" not in {event.key for event in seen.key_averages()}
+    assert all(parameter.grad is None for parameter in twin.module.parameters())
