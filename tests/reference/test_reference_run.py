@@ -55,7 +55,7 @@ def reference(name: str, world: tuple[int, int], *changes: tuple[str, str, objec
 
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory) -> Path:
-    """Train the cases of this session on two ranks, all in one pair of processes; return where runs live."""
+    """Train the cases that were asked for on two ranks, all in one pair of processes; return where runs live."""
     root = tmp_path_factory.mktemp("runs")
     asked = [
         item.callspec.params
