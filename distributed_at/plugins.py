@@ -24,8 +24,8 @@ GROUP = "distributed_at.plugins"
 FOLDER = "plugins"  # of a run folder: the files as they were when the run began
 # name of the dict in a plug-in -> the registry that its entries join
 REGISTRIES = {
-    "OBJECTIVES": "distributed_at.objectives:OBJECTIVES",
-    "EVALUATION_KINDS": "distributed_at.evaluation.kinds:KINDS",
+    "OBJECTIVES": "distributed_at.catalogue.objectives:OBJECTIVES",
+    "EVALUATION_KINDS": "distributed_at.catalogue.evaluations:KINDS",
     "NETWORKS": "distributed_at.catalogue.networks:NETWORKS",
     "DATASETS": "distributed_at.catalogue.datasets:DATASETS",
     "OPTIMIZERS": "distributed_at.catalogue.optimizers:OPTIMIZERS",

@@ -8,16 +8,14 @@ kernels are tested against.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from distributed_at import ops
+from distributed_at.attacks.counters import Counters
 from distributed_at.ops import reference
 from distributed_at.rng import Purpose
-
-if TYPE_CHECKING:
-    from distributed_at.attacks.starts import Counters
 
 
 class Bounds(NamedTuple):

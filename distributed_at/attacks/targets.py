@@ -6,16 +6,12 @@ attack's own BN mode where it is chosen from them; it returns (N,) int64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from distributed_at import rng
-from distributed_at.attacks.starts import Counters
+from distributed_at.attacks.counters import Counters
 from distributed_at.catalogue.attacks import ATTACK_TARGETS, Target
 from distributed_at.errors import ConfigError
-
-Choose = Callable[[torch.Tensor, int, Counters, torch.Tensor | None], torch.Tensor]
 
 
 def choose_targets(

@@ -13,7 +13,7 @@ import torch
 from distributed_at import ops
 from distributed_at.attacks import balls
 from distributed_at.attacks.balls import Ball, Bounds
-from distributed_at.attacks.starts import Counters
+from distributed_at.attacks.counters import Counters
 from distributed_at.catalogue.attacks import ATTACK_STARTS, BALLS, Start
 from distributed_at.errors import ConfigError
 

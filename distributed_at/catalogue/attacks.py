@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from distributed_at.registry import Registry, load_attribute
 
 if TYPE_CHECKING:
+    import torch
+
     from distributed_at.attacks.balls import Ball
     from distributed_at.attacks.losses import LossFunction
     from distributed_at.attacks.starts import Draw
-    from distributed_at.attacks.targets import Choose
     from distributed_at.attacks.updates import UpdateRule
 
 T = TypeVar("T")
+# (labels, number of classes, Counters, clean logits or None) -> targets, as ``attacks/targets.py`` says
+Choose = Callable[..., "torch.Tensor"]
 _ATTACKS = "distributed_at.attacks"
 
 

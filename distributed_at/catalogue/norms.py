@@ -11,8 +11,6 @@ from distributed_at.registry import Registry, load_attribute
 if TYPE_CHECKING:
     from torch import nn
 
-    from distributed_at.config import ModelConfig
-
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
@@ -21,8 +19,8 @@ class Norm:
     Attributes:
         title: for pages and messages.
         label: in figures, as the papers print it.
-        layer: (config, channels) -> module, or "module:function": makes a layer of a network of ours.
-        take_over: (config, nn.BatchNorm2d) -> module, or "module:function": what stands in another network where it had
+        layer: (model section, channels) -> module, or "module:function": makes a layer of a network of ours.
+        take_over: (model section, nn.BatchNorm2d) -> module, or "module:function": what stands in another network where it had
             a batch norm; None = ``layer`` of as many channels, which begins anew.
         branches: clean and adversarial images have statistics and affine parameters of their own.
         running_statistics: it keeps means and variances that evaluation normalises by, so it has modes and groups.
@@ -30,18 +28,18 @@ class Norm:
 
     title: str
     label: str
-    layer: str | Callable[[ModelConfig, int], nn.Module]
-    take_over: str | Callable[[ModelConfig, nn.BatchNorm2d], nn.Module] | None = None
+    layer: str | Callable[[Any, int], nn.Module]
+    take_over: str | Callable[[Any, nn.BatchNorm2d], nn.Module] | None = None
     branches: bool = False
     running_statistics: bool = False
 
-    def make(self, config: ModelConfig, channels: int) -> nn.Module:
+    def make(self, config: Any, channels: int) -> nn.Module:
         """Return a layer."""
         function = load_attribute(self.layer) if isinstance(self.layer, str) else self.layer
         made: nn.Module = function(config, channels)
         return made
 
-    def instead_of(self, config: ModelConfig, layer: nn.BatchNorm2d) -> nn.Module:
+    def instead_of(self, config: Any, layer: nn.BatchNorm2d) -> nn.Module:
         """Return what replaces a batch norm of another network, on its device, of its dtype and in its mode."""
         if self.take_over is None:
             made = self.make(config, layer.num_features).to(layer.weight.device, layer.weight.dtype)

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from distributed_at.catalogue.evaluations import KINDS
 from distributed_at.config.attack import AttackConfig
 from distributed_at.config.base import Branch, Strict
 from distributed_at.config.choice import Section
-from distributed_at.evaluation.kinds import KINDS
 
 # Fields that recipes of earlier runs hold for every kind, with the values that mean nothing.
 _ONCE_COMMON: dict[str, tuple[Any, ...]] = {"version": ("standard",), "checkpoints": ([], ())}

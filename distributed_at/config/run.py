@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from distributed_at.catalogue.attacks import ATTACK_LOSSES
 from distributed_at.catalogue.norms import NORMS
+from distributed_at.catalogue.objectives import OBJECTIVES
 from distributed_at.config.attack import AttackConfig
 from distributed_at.config.base import PaperConfig, Strict
 from distributed_at.config.choice import Section
@@ -22,7 +23,6 @@ from distributed_at.config.training import (
     ScheduleConfig,
     TrainConfig,
 )
-from distributed_at.objectives import OBJECTIVES
 
 
 class LogConfig(Strict):

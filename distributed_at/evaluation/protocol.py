@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from distributed_at.catalogue.attacks import UNTARGETED
-from distributed_at.evaluation.kinds import KINDS
+from distributed_at.catalogue.evaluations import KINDS
 from distributed_at.lazy import torch
 
 if TYPE_CHECKING:

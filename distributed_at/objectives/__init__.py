@@ -6,30 +6,13 @@ Importing this, or an objective's file, does not import torch, so that a recipe 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
-from distributed_at.registry import Registry
-
-if TYPE_CHECKING:
-    from distributed_at.objectives.base import Objective
-
-# before the other imports: the schema of a run, which they import, asks for it
-OBJECTIVES: Registry[type[Objective]] = Registry(
-    "objective",
-    field="objective.name",
-    entry="distributed_at.objectives.base:Objective",
-    builtin={
-        "standard": "distributed_at.objectives.standard:Standard",
-        "pgd_at": "distributed_at.objectives.pgd_at:PgdAt",
-        "trades": "distributed_at.objectives.trades:Trades",
-        "mixture": "distributed_at.objectives.mixture:Mixture",
-    },
-)
-
-from distributed_at.config.objective import ObjectiveSection  # noqa: E402
-from distributed_at.objectives.base import (  # noqa: E402
+from distributed_at.catalogue import objectives as catalogue
+from distributed_at.config.objective import ObjectiveSection
+from distributed_at.objectives.base import (
     BranchName,
     Forward,
     Needs,
@@ -40,6 +23,9 @@ from distributed_at.objectives.base import (  # noqa: E402
     check_declared,
     perturbed,
 )
+from distributed_at.registry import Registry
+
+OBJECTIVES = cast(Registry[type[Objective]], catalogue.OBJECTIVES)
 
 
 def build_objective(config: ObjectiveSection, context: ObjectiveContext) -> Objective:

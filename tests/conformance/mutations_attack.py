@@ -4,7 +4,8 @@ from tests.conformance.product import Mutation
 
 PGD, BALLS, THREAT = "attacks/pgd.py", "attacks/balls.py", "attacks/threat.py"
 ITERATION, LOSSES, TARGETS = "attacks/iteration.py", "attacks/losses.py", "attacks/targets.py"
-STARTS, UPDATES, FACTS = "attacks/starts.py", "attacks/updates.py", "catalogue/attacks.py"
+STARTS, COUNTERS = "attacks/starts.py", "attacks/counters.py"
+UPDATES, FACTS = "attacks/updates.py", "catalogue/attacks.py"
 
 _L2_STEP = "        return reference.l2_step(adv, bounds.center, grad, bounds.eps, step_size, -1.0, bounds.lower, bounds.upper)\n"
 _GRADIENT = "        (grad,) = torch.autograd.grad(total, image)\n"
@@ -83,10 +84,10 @@ MUTATIONS = [
         "ids = torch.arange(len(x), device=x.device)", "result_is_independent_of_the_batch",
     ),
     Mutation(
-        "every epoch starts alike", STARTS, _DRAWN, _DRAWN.replace("self.epoch", "0"), "start_depends_on_its_keys_alone",
+        "every epoch starts alike", COUNTERS, _DRAWN, _DRAWN.replace("self.epoch", "0"), "start_depends_on_its_keys_alone",
     ),
     Mutation(
-        "seed ignored", STARTS, _DRAWN, _DRAWN.replace("self.seed", "0"), "start_depends_on_its_keys_alone",
+        "seed ignored", COUNTERS, _DRAWN, _DRAWN.replace("self.seed", "0"), "start_depends_on_its_keys_alone",
     ),
     Mutation(
         "all restarts start alike", PGD, "draw=self.first_draw + restart,", "draw=0,", "restarts_keep_the_best",

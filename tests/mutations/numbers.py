@@ -35,6 +35,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "attacks/balls.py": (*_unit("attack_formulas", "attacks_properties", "attacks"), _PLAIN_PGD),
     "attacks/losses.py": (*_unit("attack_formulas", "attacks", "attacks_properties"), _CONFORMANCE),
     "attacks/pgd.py": (*_unit("attack_formulas", "attacks"), _PLAIN_PGD, _CONFORMANCE),
+    "attacks/counters.py": (*_unit("attack_formulas", "attacks"), _PLAIN_PGD, _CONFORMANCE),
     "attacks/starts.py": (*_unit("attack_formulas", "attacks", "attacks_properties"), _PLAIN_PGD, _CONFORMANCE),
     "attacks/targets.py": (*_unit("attacks"), _CONFORMANCE),
     "attacks/updates.py": (*_unit("attacks"), _CONFORMANCE),

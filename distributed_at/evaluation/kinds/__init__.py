@@ -5,20 +5,10 @@ Importing this, or a kind's file, does not import torch, so that a recipe is rea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import cast
 
+from distributed_at.catalogue import evaluations as catalogue
+from distributed_at.evaluation.kinds.base import EvaluationKind
 from distributed_at.registry import Registry
 
-if TYPE_CHECKING:
-    from distributed_at.evaluation.kinds.base import EvaluationKind
-
-KINDS: Registry[type[EvaluationKind]] = Registry(
-    "evaluation kind",
-    field="evaluation.kind",
-    entry="distributed_at.evaluation.kinds.base:EvaluationKind",
-    builtin={
-        "clean": "distributed_at.evaluation.kinds.clean:Clean",
-        "pgd": "distributed_at.evaluation.kinds.pgd:Pgd",
-        "autoattack": "distributed_at.evaluation.kinds.autoattack:AutoAttack",
-    },
-)
+KINDS = cast(Registry[type[EvaluationKind]], catalogue.KINDS)
