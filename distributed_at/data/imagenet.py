@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ import torch
 from distributed_at.config import AugmentConfig
 from distributed_at.data.augment import Views, centre_views, training_views
 from distributed_at.data.colour import jitter_batch
+from distributed_at.data.identity import DataIdentity, counted
 from distributed_at.data.index import FolderIndex
 from distributed_at.data.inspection import cut_short
 from distributed_at.data.source import ImageSource, require_members
@@ -237,10 +239,18 @@ class FolderSource(ImageSource):
             f"file, or set it aside openly: distributed-at data verify {self._index.root}"
         )
 
+    def identity(self) -> DataIdentity:
+        return replace(
+            super().identity(),
+            counts=counted(self._index.labels, self.num_classes),
+            content=self._index.content,
+        )
+
     def describe(self) -> dict[str, Any]:
         return {
             **super().describe(),
             "listing": self._index.checksum,
+            "content": self._index.content,
             "resize_size": self._resize_size,
             "interpolation": "bicubic, antialiased",
             "decoder": self._decoder.describe(),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distributed_at.data.inspection import Inspection, inspect_file
+from distributed_at.data.inspection import Inspection, damage, fingerprint, inspect_file
 from distributed_at.data.locks import folder_lock
 from distributed_at.data.machine import decoder_threads
 from distributed_at.data.shard_table import ShardTable
@@ -25,9 +25,14 @@ from distributed_at.errors import DataError
 
 INDEX_NAME = ".distributed_at_index.npz"
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 512
+SAMPLED = 2000  # files that are looked at when an index is opened
 Progress = Callable[[int, int], None]
+
+
+class OtherFormatError(DataError):
+    """An index that another version of this package wrote; it can be made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,7 @@ class FolderIndex:
         set_aside: id -> why the file cannot be used.
         verified: every file was decoded in full, not only its header.
         checksum: SHA-256 of the listing.
+        fingerprints: (N,) uint64 of the files (``inspection.fingerprint``).
         shards: where the bytes lie if ``root`` holds tar shards (``shards.py``); None = files.
         digests: SHA-256 of each file where this process decoded all of them; not kept in the file.
     """
@@ -59,11 +65,19 @@ class FolderIndex:
     set_aside: dict[int, str]
     verified: bool
     checksum: str
+    fingerprints: np.ndarray
     shards: ShardTable | None = None
     digests: tuple[bytes, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def content(self) -> str:
+        """SHA-256 over the listing and the fingerprints of all files: which data these are."""
+        digest = hashlib.sha256(self.checksum.encode())
+        digest.update(self.fingerprints.astype("<u8").tobytes())
+        return digest.hexdigest()
 
     def encoded(self, sample_id: int) -> np.ndarray:
         """Return an image's file, (bytes,) uint8; OSError where it cannot be read."""
@@ -159,6 +173,7 @@ def survey(
         set_aside={i: f.reason for i, f in enumerate(found) if f.reason},
         verified=verify,
         checksum=listing_checksum(paths),
+        fingerprints=np.array([f.fingerprint for f in found], dtype=np.uint64),
         digests=tuple(f.digest for f in found) if verify else (),
     )
 
@@ -211,6 +226,7 @@ def _write(index: FolderIndex, target: Path) -> None:
                 aside_reasons=pack_texts(reason.replace("\0", " ") for reason in index.set_aside.values()),
                 verified=np.bool_(index.verified),
                 checksum=pack_texts([index.checksum]),
+                fingerprints=index.fingerprints,
             )
             file.flush()
             os.fsync(file.fileno())
@@ -232,7 +248,7 @@ def read_index(folder: str | Path, *, cache: str | Path | None = None) -> Folder
     try:
         with np.load(target, allow_pickle=False) as content:
             if int(content["format"]) != _FORMAT:
-                raise DataError(
+                raise OtherFormatError(
                     f"{target}: index format {int(content['format'])}, this version reads {_FORMAT}. {_fix(target)}"
                 )
             return FolderIndex(
@@ -246,6 +262,7 @@ def read_index(folder: str | Path, *, cache: str | Path | None = None) -> Folder
                 set_aside=dict(zip(content["aside_ids"].tolist(), unpack_texts(content["aside_reasons"]), strict=True)),
                 verified=bool(content["verified"]),
                 checksum=unpack_texts(content["checksum"])[0],
+                fingerprints=content["fingerprints"],
             )
     except FileNotFoundError:
         raise DataError(f"{target}: there is no index of {folder}. Run build_index.") from None
@@ -284,7 +301,37 @@ def load_index(folder: str | Path, *, cache: str | Path | None = None) -> Folder
             f"so runs on the two are not comparable. Restore the folder, or accept the change: "
             f"{_fix(index_path(folder, Path(cache) if cache is not None else None))}"
         )
+    other = changed_file(index)
+    if other is not None:
+        raise DataError(
+            f"{other}: is not the file that was indexed; its folder's index speaks of other images. Restore the folder, "
+            f"or accept the change: {_fix(index_path(folder, Path(cache) if cache is not None else None))}"
+        )
     return index
+
+
+def changed_file(index: FolderIndex) -> Path | None:
+    """Return a file that holds another image than the indexed one, of all files or of ``SAMPLED`` evenly spread ones.
+
+    A file that was damaged since is none: training replaces it, evaluation names it.
+    """
+    places = np.unique(np.linspace(0, len(index) - 1, min(len(index), SAMPLED)).astype(np.int64)).tolist()
+    chosen = [place for place in places if place not in index.set_aside]
+
+    def unchanged(place: int) -> bool:
+        try:
+            with open(index.root / index.paths[place], "rb") as file:
+                same = fingerprint(file, os.fstat(file.fileno()).st_size) == int(index.fingerprints[place])
+                file.seek(0)
+                return same or bool(damage(file.read()))
+        except OSError:  # told with its reason by who reads it
+            return True
+
+    with ThreadPoolExecutor(2 * decoder_threads()) as pool:
+        for place, is_same in zip(chosen, pool.map(unchanged, chosen), strict=True):
+            if not is_same:
+                return index.root / index.paths[place]
+    return None
 
 
 def open_index(
@@ -297,10 +344,21 @@ def open_index(
     """
     folder = Path(folder)
     target = index_path(folder, Path(cache) if cache is not None else None)
-    if not target.exists():
+    if not target.exists() or _outdated(folder, cache):
         list_folder(folder)  # an absent folder is reported as such, not as a lock that cannot be made
         target.parent.mkdir(parents=True, exist_ok=True)
         with folder_lock(target.with_name(target.name + ".lock")):
-            if not target.exists():
+            if not target.exists() or _outdated(folder, cache):
                 return build_index(folder, cache=cache, num_threads=num_threads, progress=progress)
     return load_index(folder, cache=cache)
+
+
+def _outdated(folder: Path, cache: str | Path | None) -> bool:
+    """Whether an index is of an earlier version, which did not keep what this one asks."""
+    try:
+        read_index(folder, cache=cache)
+    except OtherFormatError:
+        return True
+    except DataError:  # told by whoever loads it
+        return False
+    return False

@@ -106,6 +106,7 @@ def _pack_folder(index: FolderIndex, target: Path, size: int, progress: Progress
             aside_reasons=pack_texts(reason.replace("\0", " ") for reason in index.set_aside.values()),
             verified=np.bool_(index.verified),
             checksum=pack_texts([index.checksum]),
+            fingerprints=index.fingerprints,
             shard_names=pack_texts(names),
             shard_sizes=np.array(sizes, dtype=np.int64),
             shard_digests=pack_texts(digests),
@@ -191,6 +192,8 @@ def _read(folder: Path) -> tuple[FolderIndex, ShardTable]:
             set_aside=dict(zip(content["aside_ids"].tolist(), unpack_texts(content["aside_reasons"]), strict=True)),
             verified=bool(content["verified"]),
             checksum=unpack_texts(content["checksum"])[0],
+            # shards of an earlier version have none: the sizes of their files stand in
+            fingerprints=content["fingerprints" if "fingerprints" in content.files else "byte_sizes"].astype(np.uint64),
             shards=table,
         )
     return index, table
@@ -199,7 +202,16 @@ def _read(folder: Path) -> tuple[FolderIndex, ShardTable]:
 def _check_columns(index: FolderIndex, table: ShardTable) -> None:
     """Refuse an index that contradicts itself or points outside its folder or its shards."""
     where = table.root / SHARDS_NAME
-    columns = (index.labels, index.heights, index.widths, index.byte_sizes, table.shard, table.offset, table.length)
+    columns = (
+        index.labels,
+        index.heights,
+        index.widths,
+        index.byte_sizes,
+        index.fingerprints,
+        table.shard,
+        table.offset,
+        table.length,
+    )
     if any(column.shape != (len(index),) for column in columns) or table.sizes.shape != (len(table.names),):
         raise DataError(f"{where}: its columns do not belong together; write the shards again")
     for name in table.names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from distributed_at.config import AugmentConfig
 from distributed_at.data.augment import pad_crop_flip
 from distributed_at.data.colour import jitter_batch
+from distributed_at.data.identity import DataIdentity, counted
 
 
 class ImageSource(ABC):
@@ -79,6 +81,16 @@ class ImageSource(ABC):
         Returns:
             (N, 3, H, W) uint8 in channels_last memory, and (N,) int64 labels.
         """
+
+    def identity(self) -> DataIdentity:
+        """Return which data these are, over the whole published split that the images come from."""
+        return DataIdentity(
+            dataset=self.name,
+            part="test" if self.split == "test" else "train",
+            classes=self.class_names,
+            counts=counted(self.labels(self.sample_ids), self.num_classes),
+            content=hashlib.sha256(self.sample_ids.astype("<i8").tobytes()).hexdigest(),
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return what an evaluation's protocol must record: data set, ids and every choice that moves a pixel."""
@@ -168,6 +180,11 @@ class ArraySource(ImageSource):
         else:
             images = self._images[ids]
         return channels_last(images), torch.from_numpy(self._labels[ids])
+
+    def identity(self) -> DataIdentity:
+        digest = hashlib.sha256(np.ascontiguousarray(self._images).tobytes())
+        digest.update(self._labels.astype("<i8").tobytes())
+        return replace(super().identity(), counts=counted(self._labels, self.num_classes), content=digest.hexdigest())
 
     def describe(self) -> dict[str, Any]:
         # the pixels themselves: a re-encoded copy of a data set is another data set

@@ -11,7 +11,7 @@ from PIL import Image
 
 from distributed_at.config import AugmentConfig, DataConfig
 from distributed_at.data import build_index, choose_backend, load_index, open_index, open_split
-from distributed_at.data.index import INDEX_NAME
+from distributed_at.data.index import INDEX_NAME, index_path
 from distributed_at.data.machine import dali_installed
 from distributed_at.errors import ConfigError, DataError
 
@@ -272,12 +272,36 @@ def test_unusual_but_sound_files_are_read(folder, backend):
     assert np.corrcoef(colour[2].flatten(), colour[1].flatten())[0, 1] > 0.95
 
 
-def test_file_changed_after_indexing_counts_as_damaged(folder):
-    open_index(folder / "train")
-    (folder / "train" / "n01" / "n01_06.JPEG").write_bytes(_encode(_photo(30, 30, 1)))
+def test_file_changed_under_a_run_counts_as_damaged_and_the_next_start_refuses_it(folder):
     with open_split(_config(folder), "train", seed=0) as source:
+        (folder / "train" / "n01" / "n01_06.JPEG").write_bytes(_encode(_photo(30, 30, 1)))
         _read_all(source, epoch=0, train=True)
         assert "when it was indexed" in source.damaged[6]
+    with pytest.raises(DataError, match=r"n01_06.JPEG: is not the file that was indexed"):
+        open_split(_config(folder), "train", seed=0)
+
+
+def test_image_of_the_same_name_and_size_is_another_image(folder):
+    """Bitmaps of one size have files of one length; what stands in them differs."""
+    for seed in (1, 2):
+        _photo(30, 30, seed).save(folder / "train" / "n01" / "n01_06.JPEG", format="BMP")
+        if seed == 1:
+            before = open_split(_config(folder), "train", seed=0).identity()
+    with pytest.raises(DataError, match=r"n01_06.JPEG: is not the file that was indexed"):
+        open_split(_config(folder), "train", seed=0)
+    build_index(folder / "train")
+    after = open_split(_config(folder), "train", seed=0).identity()
+    assert after.counts == before.counts
+    assert (before.difference(after) or "").startswith("other contents")
+
+
+def test_index_of_an_earlier_version_is_made_again(folder):
+    open_index(folder / "train")
+    place = index_path(folder / "train")
+    with np.load(place) as held:
+        old = {name: held[name] for name in held.files if name != "fingerprints"}
+    np.savez(place, **{**old, "format": np.int64(1)})
+    assert len(open_index(folder / "train").fingerprints) == 24
 
 
 def test_index_holds_dimensions_labels_and_reasons(folder):
