@@ -66,6 +66,7 @@ def _certify(args: argparse.Namespace, root: Path) -> tuple[dict[str, Any], list
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_split(config.data, args.split, seed=config.seed)
     saved = open_network(folder, config, args.checkpoint, num_classes=source.num_classes)
+    source = saved.fitting(source)
     path, network = saved.path, saved.network.to(device)
     classes = num_classes_of(config, source)
     reasons = precision.available_precisions(device)

@@ -112,9 +112,10 @@ def _figure6(record: RunRecord, args: argparse.Namespace) -> Drawn:
     config = folder.load_config()
     assert config.attack is not None
     group = config.train.bn_group_size or config.train.micro_batch_size or config.train.batch_size
-    with open_split(config.data, "train", seed=config.seed) as source:
+    with open_split(config.data, "train", seed=config.seed) as opened:
         # the running statistics are those of the weights that were trained
-        network = open_network(folder, config, "last", num_classes=source.num_classes, average=False).network
+        saved = open_network(folder, config, "last", num_classes=opened.num_classes, average=False)
+        network, source = saved.network, saved.fitting(opened)
         layer = choose_layer(norm_layer_names(network.state_dict()), args.layer)
         order = StepOrder(source.num_samples, group, seed=config.seed, drop_last=True, sample_ids=source.sample_ids)
         attack = PGD.from_config(config.attack, num_classes=source.num_classes)

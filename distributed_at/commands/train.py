@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="start from step 0 although there are checkpoints (they are set aside)"
     )
+    parser.add_argument(
+        "--accept-data", action="store_true", help="go on although the data are not those that the run began with"
+    )
     parser.add_argument("--quiet", action="store_true", help="no live console")
 
 
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         from distributed_at.engine.run import run_worker
 
         BatchPlan.resolve(batch_size=batch_size, world_size=rank.world_size, **limits)
-        return run_worker(config, folder, fresh=args.fresh, quiet=args.quiet)
+        return run_worker(config, folder, fresh=args.fresh, quiet=args.quiet, accept_data=args.accept_data)
     workers = check_workers(args.workers) or largest_world_size(available_workers(), batch_size=batch_size, **limits)
     BatchPlan.resolve(batch_size=batch_size, world_size=workers, **limits)
     folder.check(config)
@@ -63,8 +66,10 @@ def _check_data(config: RunConfig) -> None:
     """Tell once, before any worker starts and anything is written, what the data cannot give."""
     from distributed_at.data.order import StepOrder
     from distributed_at.data.sources import open_split
+    from distributed_at.engine.runs.data import look_at_data
 
     with open_split(config.data, "train", seed=config.seed) as source:
+        look_at_data(config, source)
         StepOrder(source.num_samples, config.train.batch_size, seed=config.seed, drop_last=config.train.drop_last)
     if config.evaluation.validation:
         open_split(config.data, "validation", seed=config.seed).close()

@@ -191,3 +191,42 @@ class ArraySource(ImageSource):
         digest = hashlib.sha256(np.ascontiguousarray(self._images[self.sample_ids]).tobytes())
         digest.update(self._labels[self.sample_ids].astype("<i8").tobytes())
         return {**super().describe(), "content": digest.hexdigest()}
+
+
+class Relabelled(ImageSource):
+    """Another source whose labels are places among other class names: those that a network learned, in its order."""
+
+    def __init__(self, source: ImageSource, class_names: tuple[str, ...]) -> None:
+        """Wrap ``source``, whose names are ``class_names`` in another order."""
+        super().__init__(
+            name=source.name,
+            split=source.split,
+            sample_ids=source.sample_ids,
+            num_classes=source.num_classes,
+            image_size=source.image_size,
+            seed=source.seed,
+            class_names=class_names,
+        )
+        self._source = source
+        self._place = np.array([class_names.index(name) for name in source.class_names], dtype=np.int64)
+
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        return self._place[self._source.labels(ids)]
+
+    def origins(self, ids: np.ndarray) -> np.ndarray | None:
+        return self._source.origins(ids)
+
+    def read(
+        self, ids: np.ndarray, *, epoch: int, train: bool, seed: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = self._source.read(ids, epoch=epoch, train=train, seed=seed)
+        return images, torch.from_numpy(self._place)[labels]
+
+    def identity(self) -> DataIdentity:
+        return self._source.identity()
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._source.describe(), "class_order": list(self.class_names)}
+
+    def close(self) -> None:
+        self._source.close()

@@ -28,6 +28,7 @@ from distributed_at.engine.buffers import BufferMerger
 from distributed_at.engine.optimizers import build_optimizer
 from distributed_at.engine.parallel import TrainingEngine
 from distributed_at.engine.processes.world import World
+from distributed_at.engine.runs.data import RunData, agree_on_data
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.initial_weights import begin_from, read_into
 from distributed_at.engine.schedules import Schedules
@@ -61,6 +62,7 @@ class Parts:
     average: WeightAverage | None
     schedules: Schedules
     total_steps: int
+    data: RunData
     initial_weights: dict[str, Any] | None = None
     twin_check: TwinCheck | None = None
     view_checks: tuple[TwinCheck, ...] = ()
@@ -185,11 +187,14 @@ def build_parts(
     world: World,
     folder: RunFolder | None = None,
     warn: Callable[[str, str], None] | None = None,
+    *,
+    accept_data: bool = False,
 ) -> Parts:
     """Build all parts of a training run on this rank.
 
     ``folder``: the run's; a new run takes ``train.init_from`` where it names one. Without a folder none are read.
     ``warn``: called with (code, message) for what the data source meets, such as damaged files.
+    ``accept_data``: go on from a checkpoint that was trained on other data.
     """
     seed_everything(config)
     plan = BatchPlan.resolve(
@@ -201,6 +206,7 @@ def build_parts(
     needs = OBJECTIVES[config.objective.name].needs(config.objective)
     plan.require_whole_groups(needs.whole_groups)
     source = open_split(config.data, "train", seed=config.seed, warn=warn)
+    data = agree_on_data(config, world, source, warn=warn, accept_changed=accept_data)
     order = StepOrder(
         source.num_samples,
         config.train.batch_size,
@@ -211,7 +217,9 @@ def build_parts(
     )
     num_classes = num_classes_of(config, source)
     module = build_network(config, num_classes, source.image_size)
-    initial_weights = begin_from(module, config, world, folder) if folder is not None else None
+    initial_weights = None
+    if folder is not None:
+        initial_weights = begin_from(module, config, world, folder, class_names=source.class_names)
     module = module.to(world.device)
     keep_trainable(module, config)
     schedules = Schedules.from_config(config, order.steps_per_epoch)
@@ -276,6 +284,7 @@ def build_parts(
         average=WeightAverage(engine.module, config.train.ema) if config.train.ema is not None else None,
         schedules=schedules,
         total_steps=total_steps(config.train.epochs, order.steps_per_epoch),
+        data=data,
         initial_weights=initial_weights,
         twin_check=twin_check,
         view_checks=view_checks,

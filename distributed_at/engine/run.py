@@ -33,7 +33,9 @@ from distributed_at.observe.secrets import without_secrets
 from distributed_at.plan_warnings import plan_warnings
 
 
-def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, quiet: bool = False) -> int:
+def run_training(
+    config: RunConfig, folder: RunFolder, *, fresh: bool = False, quiet: bool = False, accept_data: bool = False
+) -> int:
     """Train on this rank; return the exit code that every rank ends with."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     stop = start_listening()  # a long set-up must be stoppable too
@@ -48,7 +50,9 @@ def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, q
         watchdog = Watchdog(folder.logs, rank=world.rank, timeouts=section_timeouts(config.parallel.timeout_seconds))
         events = _open_events(world, config, folder, lock, quiet)
         with watchdog.section("setup"):
-            outcome = _train(world, config, folder, lock, events, watchdog, stop.stop_requested, quiet=quiet)
+            outcome = _train(
+                world, config, folder, lock, events, watchdog, stop.stop_requested, quiet=quiet, accept_data=accept_data
+            )
         together = True
     finally:
         if watchdog is not None:
@@ -61,13 +65,15 @@ def run_training(config: RunConfig, folder: RunFolder, *, fresh: bool = False, q
     return EXIT_REQUEUE if outcome.reason == "stopped" else EXIT_OK
 
 
-def run_worker(config: RunConfig, folder: RunFolder, *, fresh: bool = False, quiet: bool = False) -> int:
+def run_worker(
+    config: RunConfig, folder: RunFolder, *, fresh: bool = False, quiet: bool = False, accept_data: bool = False
+) -> int:
     """``run_training`` as a process of its own: tells what went wrong and ends at once with the right exit code.
 
     After a failure nothing is tidied: other ranks may wait in a collective until this process is gone.
     """
     try:
-        return run_training(config, folder, fresh=fresh, quiet=quiet)
+        return run_training(config, folder, fresh=fresh, quiet=quiet, accept_data=accept_data)
     except UserError as error:
         code, told = error.exit_code, f"distributed-at: error: {error}"
     except Exception as error:
@@ -140,6 +146,7 @@ def _train(
     stop_requested: Callable[[], bool],
     *,
     quiet: bool,
+    accept_data: bool,
 ) -> RunOutcome:
     def on_checkpoint_event(kind: str, fields: dict[str, Any]) -> None:
         step = int(fields.pop("step", 0))
@@ -155,7 +162,7 @@ def _train(
     )
     manager.probe()
     notes = Notes()
-    parts = build_parts(config, world, folder, warn=notes.add)
+    parts = build_parts(config, world, folder, warn=notes.add, accept_data=accept_data)
     validator = Validator(config, world, warn=notes.add, alive=watchdog.beat) if config.evaluation.validation else None
     warnings = plan_warnings(
         config,

@@ -61,6 +61,7 @@ class TrainingState:
             "early_stopping": self.early,
             "objective": parts.objective,
             "frozen_bn": parts.engine,
+            "data": parts.data,
         }
 
     @property
@@ -112,7 +113,10 @@ class TrainingState:
         after_load(self.parts.engine.engine)
         self.step = int(metadata["step"])
         for name, owner in self._owners.items():
-            owner.load_state_dict(metadata[name])
+            if (
+                name in metadata or owner is not self.parts.data
+            ):  # checkpoints of an earlier version do not say their data
+                owner.load_state_dict(metadata[name])
 
     def is_finite(self) -> bool:
         """Whether this rank's weights and statistics are finite."""

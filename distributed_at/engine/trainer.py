@@ -94,6 +94,8 @@ class Trainer:
         )
         for code, message in self._warnings:
             self._event("warning", code=code, message=message)
+        for message in p.data.changed:
+            self._event("warning", code="data_changed", message=message)
         if not resumed and self.config.train.on_nonfinite == "rollback":
             self._checkpoints.save_if_due(force=True)  # something to go back to from the first step on
         while (reason := self._loop()) == "rollback":

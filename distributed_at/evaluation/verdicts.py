@@ -29,6 +29,7 @@ TITLES: dict[str, tuple[Level, str]] = {
     "single_step_masking": ("bad", "Robust against single steps alone"),
     "query_attack_beats_gradients": ("bad", "An attack without gradients does more"),
     "vanishing_gradients": ("bad", "Input gradients vanish"),
+    "other_data": ("bad", "Measured on other data"),
     "attack_improves_accuracy": ("bad", "Attack makes it better"),
     "no_better_than_guessing": ("bad", "No better than guessing"),
     "not_robust": ("note", "Not robust"),

@@ -50,10 +50,10 @@ def _in_one_world():
         yield
 
 
-def train(config, folder):
+def train(config, folder, **options):
     """Train (or go on) in ``folder``; return its path."""
     with _in_one_world():
-        run_training(config, RunFolder(Path(folder)), quiet=True)
+        run_training(config, RunFolder(Path(folder)), quiet=True, **options)
     return Path(folder)
 
 

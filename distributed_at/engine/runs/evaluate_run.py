@@ -105,15 +105,15 @@ def evaluate_run(
     chosen = list(entries) if entries is not None else on_both_branches(config.evaluation.final, config)
     with open_split(config.data, split, seed=config.seed) as source:
         saved = open_network(run, config, checkpoint, num_classes=source.num_classes)
-        saved.check_classes(source.class_names)
+        fitting, other = saved.fitting(source), saved.other_data(source)
         network = saved.network.to(world.device)
-        on_open(saved, source)
+        on_open(saved, fitting)
         subject = subject_of(network, config)
         execution = Execution(folder=run.evaluations, device=world.device, alive=alive)
         results: list[EvaluationResult] = []
         for entry in chosen:
             with watch("evaluation"), tf32(False):
-                found = measure(subject, source, [entry], execution)
+                found = measure(subject, fitting, [entry], execution)
             results += found
             for result in found:
                 on_result(result)
@@ -121,8 +121,10 @@ def evaluate_run(
         if world.is_main:
             attack = next((e.attack for e in chosen if e.attack is not None and e.attack.num_steps > 0), None)
             if keep_examples and attack is not None:
-                save_examples(run.root / "examples.npz", network, source, attack, seed=config.seed, device=world.device)
-            verdicts = _record(run, config, saved, split, results)
+                save_examples(
+                    run.root / "examples.npz", network, fitting, attack, seed=config.seed, device=world.device
+                )
+            verdicts = _record(run, config, saved, split, results, data=source.identity().digest, other=other)
     return RunEvaluation(checkpoint=saved.path, results=tuple(results), verdicts=tuple(verdicts))
 
 
@@ -138,16 +140,30 @@ def on_both_branches(entries: Sequence[EvaluationEntry], config: RunConfig) -> l
 
 
 def _record(
-    run: RunFolder, config: RunConfig, saved: SavedNetwork, split: str, results: Sequence[EvaluationResult]
+    run: RunFolder,
+    config: RunConfig,
+    saved: SavedNetwork,
+    split: str,
+    results: Sequence[EvaluationResult],
+    *,
+    data: str,
+    other: str | None,
 ) -> list[Verdict]:
-    """Write results and verdicts into the run's events; return the verdicts."""
+    """Write results and verdicts into the run's events; return the verdicts.
+
+    ``data``: digest of the data that were measured; ``other``: how they differ from the run's own.
+    """
+    doubts = [] if other is None else [Verdict("other_data", f"measured on other data than the run's own: {other}", {})]
     restart = max(0, next_restart(run.root) - 1)
     with EventLog(run.root, restart=restart, views=remote_views(config, run)) as events:
         step, epoch = saved.step, saved.epoch
         for result in results:
             if result.complete:
-                events.write("evaluation", step=step, epoch=epoch, checkpoint=saved.path.name, **result.summary())
-        verdicts = run_verdicts(load_run(run.root), judge(results))
+                measured = {"data": data, **({} if other is None else {"other_data": other})}
+                events.write(
+                    "evaluation", step=step, epoch=epoch, checkpoint=saved.path.name, **measured, **result.summary()
+                )
+        verdicts = run_verdicts(load_run(run.root), [*doubts, *judge(results)])
         events.write(
             "verdict", step=step, epoch=epoch, split=split, verdicts=[verdict.to_dict() for verdict in verdicts]
         )

@@ -17,12 +17,13 @@ from torch import nn
 
 from distributed_at.catalogue.networks import library_of
 from distributed_at.config import RunConfig
+from distributed_at.data.identity import classes_differ
 from distributed_at.engine.checkpoint import files
 from distributed_at.engine.checkpoint.retention import read_best
 from distributed_at.engine.checkpoint.tools import read_weights
 from distributed_at.engine.processes.world import World
 from distributed_at.engine.runs.folder import RunFolder
-from distributed_at.errors import CheckpointError, ConfigError, UserError
+from distributed_at.errors import BadCheckpoint, CheckpointError, ConfigError, UserError
 from distributed_at.models.foreign import fitted_weights, published_weights
 from distributed_at.models.parameters import load_torchvision_state_dict
 
@@ -88,8 +89,12 @@ def apply_initial_weights(module: nn.Module, state: Mapping[str, torch.Tensor], 
         ) from None
 
 
-def begin_from(module: nn.Module, config: RunConfig, world: World, folder: RunFolder) -> dict[str, Any] | None:
+def begin_from(
+    module: nn.Module, config: RunConfig, world: World, folder: RunFolder, *, class_names: tuple[str, ...] = ()
+) -> dict[str, Any] | None:
     """Give a new run's network (on the CPU) its initial weights; return what to record of them.
+
+    ``class_names``: of the data, in the order of labels; weights of ``train.init_from`` that know theirs must agree.
 
     None where the recipe names none, or where the run's folder already holds checkpoints to go on from. Collective:
     rank 0 reads, every rank gets the same bits, and a refusal is raised on all of them.
@@ -101,12 +106,33 @@ def begin_from(module: nn.Module, config: RunConfig, world: World, folder: RunFo
     def apply() -> dict[str, Any]:
         check_initial_weights(config)
         if source is not None:
+            _check_classes(source, class_names)
             apply_initial_weights(module, read_initial_weights(source), source)
             return {"source": source}
         assert pretrained is not None
         return {"source": pretrained, "dropped": apply_pretrained(module, config)}
 
     return _read_once(module, world, folder, apply)
+
+
+def _check_classes(source: str, names: tuple[str, ...]) -> None:
+    """Refuse a run whose head tells other classes apart, or the same ones in another order."""
+    step: Path | None = Path(source).expanduser()
+    if (Path(source).expanduser() / "recipe.yaml").exists():
+        held = RunFolder(Path(source).expanduser())
+        best = read_best(held.checkpoints) if held.load_config().train.select == "best_validation" else None
+        steps = files.list_steps(held.checkpoints)
+        step = best or (steps[0][1] if steps else None)
+    try:
+        known = files.read_manifest(step).metadata.get("class_names", ()) if step and step.is_dir() else ()
+    except BadCheckpoint:  # told by what reads its weights
+        return
+    difference = classes_differ(tuple(known), names)
+    if difference is not None:
+        raise ConfigError(
+            f"train.init_from {source}: these data are of other classes than its network learned: {difference}. "
+            "Give the classes the names and order that they had"
+        )
 
 
 def apply_pretrained(module: nn.Module, config: RunConfig) -> list[str]:

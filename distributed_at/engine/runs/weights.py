@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from distributed_at.config import RunConfig
+from distributed_at.data.identity import DataIdentity, classes_differ
+from distributed_at.data.source import ImageSource, Relabelled
 from distributed_at.engine.checkpoint.files import BadCheckpoint, read_manifest
 from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.engine.checkpoint.state import BUFFER, EMA, MODEL
@@ -59,21 +62,26 @@ class SavedNetwork:
     step: int
     epoch: float
     class_names: tuple[str, ...] = ()  # in the order of the logits; empty where the data set has none
+    data: Mapping[str, Any] = field(default_factory=dict)  # split -> ``DataIdentity.to_dict`` of the run's own data
 
-    def check_classes(self, names: tuple[str, ...]) -> None:
-        """Refuse images whose classes are not those that the network was trained on, in their order.
+    def fitting(self, source: ImageSource) -> ImageSource:
+        """Return a source whose labels are the network's: the same one, or by the names of its classes.
 
         Raises:
-            DataError: names the first class that differs.
+            DataError: its classes are others; names the first that differ.
         """
-        own = self.class_names
-        if not own or not names or own == names:
-            return
-        place = next((i for i, pair in enumerate(zip(own, names, strict=False)) if pair[0] != pair[1]), None)
-        what = f"{len(own)} classes, these images {len(names)}"
-        if place is not None:
-            what = f"class {place} as {own[place]!r}, which these images call {names[place]!r}"
-        raise DataError(f"{self.path}: its network learned {what}: labels would not agree; check data.path")
+        difference = classes_differ(self.class_names, source.class_names)
+        if difference is None:
+            return source
+        if set(self.class_names) == set(source.class_names):
+            return Relabelled(source, self.class_names)
+        raise DataError(f"{self.path}: these images are of other classes than its network learned: {difference}")
+
+    def other_data(self, source: ImageSource) -> str | None:
+        """Return how a source's data differ from those that the run saw before its first step; None = they do not."""
+        own = source.identity()
+        held = self.data.get(own.part)
+        return None if held is None else DataIdentity.from_dict(held).difference(own)
 
 
 def open_network(
@@ -103,6 +111,7 @@ def open_network(
         step=int(metadata.get("step", 0)),
         epoch=float(metadata.get("epoch", 0.0)),
         class_names=tuple(metadata.get("class_names", ())),
+        data=metadata.get("data", {}),
     )
 
 
