@@ -17,7 +17,7 @@ def checked_logits(
     Args:
         logits: what a network returned.
         x: the images that it was given.
-        num_classes: K, where it is known; more classes than the data have are allowed, fewer are not.
+        num_classes: K, where it is known.
         whose: begins the message.
 
     Raises:
@@ -36,9 +36,32 @@ def checked_logits(
     if logits.dim() != 2 or shape[0] != x.shape[0]:
         cure = "pool and flatten its features before the classifier" if logits.dim() > 2 else "return one row an image"
         raise DataError(f"{whose} returns shape {shape} for images {tuple(x.shape)}, not (N, classes): {cure}")
-    if num_classes is not None and shape[1] < num_classes:
+    if num_classes is not None and shape[1] != num_classes:
         raise DataError(
             f"{whose} returns {shape[1]} logits an image, but the data have {num_classes} classes: "
             f"give its last layer {num_classes} outputs"
         )
     return logits
+
+
+NO_CLASS = -1  # of an image whose logits are not finite: no label, so it is never right
+
+
+def predicted_classes(logits: torch.Tensor) -> torch.Tensor:
+    """Return the (N,) int64 class of the largest of logits (N, K), ``NO_CLASS`` where any of an image's is not finite.
+
+    The largest of numbers among which one is NaN is that NaN: class 0, if it is the first, and right where the label is 0.
+    """
+    return torch.where(torch.isfinite(logits).all(dim=1), logits.argmax(dim=1), NO_CLASS)
+
+
+def check_labels(labels: torch.Tensor, num_classes: int, *, name: str = "label") -> None:
+    """Refuse labels (N,), or what ``name`` calls them, outside [0, num_classes); looks at them on the host.
+
+    Raises:
+        DataError: names the first one and its place. -100, which losses of torch ignore, would switch an attack off.
+    """
+    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(wrong):
+        place = int(wrong[0, 0])
+        raise DataError(f"{name} {int(labels[place])} of image {place} of the batch is outside 0 to {num_classes - 1}")

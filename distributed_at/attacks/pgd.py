@@ -8,7 +8,7 @@ It never touches weights' gradients, buffers, flags or generators, and never wai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, get_args
 
 import torch
@@ -44,6 +44,7 @@ from distributed_at.catalogue.attacks import (
 from distributed_at.config import AttackConfig
 from distributed_at.config.attack import CleanStartScope, ReferenceForward, schedule_problem
 from distributed_at.errors import ConfigError, DataError, did_you_mean
+from distributed_at.logits import check_labels, checked_logits, predicted_classes
 from distributed_at.registry import Registry
 from distributed_at.rng import EVALUATION_EPOCH
 
@@ -326,13 +327,14 @@ class PGD:
         checkpoints: tuple[int, ...],
         judge: bool,
     ) -> torch.Tensor | AttackResult:
-        x = self._checked(x, y, sample_ids, group_ids, targets, soft_labels)
+        x = self._checked(x, y, sample_ids, group_ids, targets, soft_labels, eps)
         ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
         coin_ids = group_ids if self.start_clean_scope == "group" else None
         with torch.inference_mode(False), torch.no_grad(), evaluation_mode(model):
             goal = self.goal(
                 model, x, y, sample_ids=ids, epoch=epoch, seed=seed, targets=targets, soft_labels=soft_labels
             )
+            self._check_classes(model, x, y, targets)
             bounds = self.threat.bounds(x, eps=eps)
             iterate = iteration if iteration is not None else self.iteration(model)
             best: AttackResult | None = None
@@ -382,7 +384,7 @@ class PGD:
                 grad = moved if self.loss_scale == 1.0 else moved / self.loss_scale
                 moved, state = rule.step(adv, grad, state, step_size=length, bounds=bounds, ball=ball)
             if self.early_stop is not None:
-                wrong += logits.argmax(dim=1) != goal.labels
+                wrong += predicted_classes(logits) != goal.labels
                 moving = (wrong < self.early_stop).view(-1, *([1] * (adv.dim() - 1)))
                 moved = torch.where(moving, moved, adv)
             if done in record:
@@ -406,10 +408,10 @@ class PGD:
             along = [at_least_float32(seen.get(c, logits)) for c in checkpoints]
             trajectory = Trajectory(
                 checkpoints=checkpoints,
-                correct=torch.stack([z.argmax(dim=1) == goal.labels for z in along]),
+                correct=torch.stack([predicted_classes(z) == goal.labels for z in along]),
                 loss=torch.stack([self.objective(z, goal) for z in along]),
             )
-        predictions = logits.argmax(dim=1)
+        predictions = predicted_classes(logits)
         return AttackResult(
             adv=adv,
             loss=self.objective(at_least_float32(logits), goal),
@@ -419,6 +421,26 @@ class PGD:
             steps=self.num_steps,
             trajectory=trajectory,
         )
+
+    def _check_classes(self, model: Model, x: torch.Tensor, y: torch.Tensor, targets: torch.Tensor | None) -> None:
+        """Refuse labels and targets that the network has no logit for: some losses ignore them, others end in an index error.
+
+        Where nobody said how many classes there are, one image is looked at. Off where inputs are not checked.
+        """
+        if not self.check_input or x.is_meta or not len(x):
+            return
+        classes = self.num_classes
+        if classes is None:
+            if min(int(y.min()), 0 if targets is None else int(targets.min())) >= 0 and self._largest(y, targets) < 2:
+                return  # every network has two classes
+            classes = int(checked_logits(model(x[:1]), x[:1]).shape[1])
+        for name, value in (("label", y), ("target", targets)):
+            if value is not None:
+                check_labels(value, classes, name=name)
+
+    @staticmethod
+    def _largest(y: torch.Tensor, targets: torch.Tensor | None) -> int:
+        return max(int(y.max()), 0 if targets is None else int(targets.max()))
 
     @property
     def _loss_entry(self) -> AttackLoss:
@@ -443,6 +465,7 @@ class PGD:
         group_ids: torch.Tensor | None,
         targets: torch.Tensor | None,
         soft_labels: torch.Tensor | None,
+        eps: float | torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the images detached, or raise a DataError that says what is wrong with them."""
         if x.dtype not in (torch.float32, torch.float64):
@@ -472,6 +495,8 @@ class PGD:
                 raise DataError(
                     f"soft_labels must be ({len(x)}, classes) float, got {tuple(soft_labels.shape)} {soft_labels.dtype}"
                 )
+        if isinstance(eps, float | int):
+            replace(self.threat, eps=float(eps))  # what a call overrides is checked like what the ball was made with
         if self.start_clean_scope == "group" and self.start_clean_probability > 0 and group_ids is None:
             raise DataError("start_clean_scope 'group' draws one coin a BN group: give group_ids")
         if self.check_input and not x.is_meta and x.numel():

@@ -20,6 +20,7 @@ from distributed_at.bench.certificate import FORMAT, KIND
 from distributed_at.config import AttackConfig
 from distributed_at.engine.twin.twin import Twin
 from distributed_at.float32 import tf32
+from distributed_at.logits import predicted_classes
 from distributed_at.rng import EVALUATION_EPOCH
 from distributed_at.statistics import mcnemar, wilson
 
@@ -140,7 +141,7 @@ class PrecisionTest:
                     seen.agreement["weighted"].append(share.cpu().numpy())
             with tf32(False), torch.no_grad():
                 logits = self._judge(adv).float()
-                seen.correct.append((logits.argmax(dim=1) == y).cpu().numpy())
+                seen.correct.append((predicted_classes(logits) == y).cpu().numpy())
                 seen.loss.append(self._attack.objective(logits, goal).cpu().numpy())
 
     def _goal(self, x: torch.Tensor, y: torch.Tensor, sample_ids: torch.Tensor) -> Goal:

@@ -9,6 +9,7 @@ import torch
 
 from distributed_at.config import EvaluationConfig, TrainConfig
 from distributed_at.evaluation import EvaluationResult
+from distributed_at.logits import predicted_classes
 from distributed_at.objectives import Terms
 
 
@@ -33,7 +34,7 @@ class Meters:
             count = terms.counts.get(name, n)
             self._add(name, value.detach().to(torch.float64) * count, count)
         for branch, logits in terms.logits.items():
-            hits = logits.detach().argmax(1) == terms.labels_of(branch, labels)
+            hits = predicted_classes(logits.detach()) == terms.labels_of(branch, labels)
             self._add(f"{branch}_accuracy", hits.sum(), len(hits))
         self._images += n
 

@@ -78,6 +78,7 @@ class Trainer:
         self._clock = StepClock(parts.world.device)
         self._times = StepTimes()
         self._slow: set[int] = set()
+        self._suspected: set[str] = set()
         self._save_asked = False  # agreed in every step
 
     def run(self) -> RunOutcome:
@@ -316,6 +317,10 @@ class Trainer:
             results = self._validator.run(self.parts)
         for result in results:
             self._event("evaluation", **result.event())
+        for verdict in self._validator.verdicts:
+            if verdict.code not in self._suspected:  # once a start: a round after another would say the same
+                self._suspected.add(verdict.code)
+                self._event("warning", code=verdict.code, message=f"held-out images: {verdict.message}")
         improved = self.early.update(self.state.step, results, steps_per_epoch)
         if improved:
             self._checkpoints.mark_best(self.early.best)

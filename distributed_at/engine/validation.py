@@ -12,9 +12,9 @@ from distributed_at.data.source import ImageSource
 from distributed_at.data.sources import open_split
 from distributed_at.engine.builder import Parts
 from distributed_at.engine.processes.world import World
-from distributed_at.engine.runs.evaluate_run import measure, subject_of
+from distributed_at.engine.runs.evaluate_run import looked_at, measure, subject_of
 from distributed_at.engine.twin.twin import aliased_copy
-from distributed_at.evaluation import EvaluationResult, Execution
+from distributed_at.evaluation import EvaluationResult, Execution, Verdict, judge
 from distributed_at.float32 import tf32
 
 
@@ -35,6 +35,7 @@ class Validator:
         self._alive = alive
         self._source: ImageSource = open_split(config.data, "validation", seed=config.seed, warn=warn)
         self._network: nn.Module | None = None
+        self.verdicts: list[Verdict] = []  # of the newest round, on rank 0
         self._interval = 0
 
     def is_due(self, step: int, steps_per_epoch: int, total_steps: int) -> bool:
@@ -64,4 +65,7 @@ class Validator:
         subject = subject_of(self._evaluation_copy(parts), self._config)
         execution = Execution(device=self._world.device, alive=self._alive)
         with tf32(False):
-            return measure(subject, self._source, self._config.evaluation.validation, execution)
+            results = measure(subject, self._source, self._config.evaluation.validation, execution)
+        if self._world.is_main:
+            self.verdicts = [*looked_at(subject, self._source, device=self._world.device), *judge(results)]
+        return results

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distributed_at.evaluation.examination import examine
     from distributed_at.evaluation.kinds import KINDS
     from distributed_at.evaluation.ledger import Ledger, LedgerConflictError
     from distributed_at.evaluation.protocol import Protocol, build_protocol, ids_hash
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from distributed_at.statistics import wilson
 
 _HOMES = {
+    "examination": ("examine",),
     "kinds": ("KINDS",),
     "ledger": ("Ledger", "LedgerConflictError"),
     "protocol": ("Protocol", "build_protocol", "ids_hash"),
@@ -50,6 +52,7 @@ __all__ = [
     "evaluate",
     "evaluate_entry",
     "evaluation_ids",
+    "examine",
     "ids_hash",
     "judge",
     "weights_hash",

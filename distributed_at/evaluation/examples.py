@@ -13,6 +13,7 @@ from distributed_at.attacks import PGD
 from distributed_at.config import AttackConfig
 from distributed_at.data.source import ImageSource
 from distributed_at.evaluation.isolation import borrowed
+from distributed_at.logits import predicted_classes
 from distributed_at.models.branches import on_branch
 from distributed_at.rng import EVALUATION_EPOCH
 
@@ -46,8 +47,8 @@ def save_examples(
             seed=seed,
         )
         with torch.no_grad():
-            clean_predictions = network(x).argmax(1)
-            adv_predictions = network(adv).argmax(1)
+            clean_predictions = predicted_classes(network(x))
+            adv_predictions = predicted_classes(network(adv))
     aside = path.with_name(f".{path.name}.{os.getpid()}.npz")
     np.savez_compressed(
         aside,

@@ -9,6 +9,7 @@ import torch
 from distributed_at.attacks.threat import Threat
 from distributed_at.catalogue.attacks import BALLS
 from distributed_at.errors import UserError
+from distributed_at.logits import predicted_classes
 
 
 class ThreatViolationError(UserError):
@@ -50,7 +51,8 @@ class Outcome:
     """State of N attacked samples; filled by ``record`` as attacks and restarts go on.
 
     Attributes:
-        prediction: (N,) int64, the class at the image that broke the sample, else at the last attacked image.
+        prediction: (N,) int64, the class at the image that broke the sample, else at the last attacked image; NO_CLASS
+            where the logits there are not finite.
         broken: (N,) bool, some attack made the model wrong.
         loss: (N,) float64, cross-entropy of the label at that image (the highest seen where nothing broke it).
         attack: (N,) int64, number of the attack that broke the sample, -1 where none did.
@@ -87,7 +89,7 @@ class Outcome:
 
         A sample stays broken once it is; its prediction and loss are those of the image that broke it first.
         """
-        predicted = logits.argmax(1)
+        predicted = predicted_classes(logits)
         if targets is not None:
             self.target_hit[index] |= predicted == targets
         fresh = ~self.broken[index]

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from distributed_at.errors import DataError
 from distributed_at.evaluation.isolation import Model
 from distributed_at.evaluation.kinds import KINDS
 from distributed_at.evaluation.outcome import Outcome
 from distributed_at.evaluation.protocol import Protocol
 from distributed_at.evaluation.rows import CLEAN, SURVIVED, Rows
 from distributed_at.evaluation.source import Source
-from distributed_at.logits import checked_logits
+from distributed_at.logits import NO_CLASS, check_labels, checked_logits, predicted_classes
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,10 +63,18 @@ class RowMaker:
         images, labels = self.source.read(ids, epoch=0, train=False, seed=0)
         x = images.to(self.device).float().div_(255)  # (N, C, H, W), [0, 1]
         y = labels.to(self.device)
+        check_labels(y, protocol.num_classes or int(y.max()) + 1)
         with torch.no_grad():
             logits = torch.cat([self.forward(part) for part in x.split(self.batch_size)])
             loss = F.cross_entropy(logits, y, reduction="none").double()
-        clean = logits.argmax(1)
+        clean = predicted_classes(logits)
+        broken = ids[(clean == NO_CLASS).cpu().numpy()]
+        if len(broken):
+            raise DataError(
+                f"the network's logits of {len(broken)} clean images are not finite (sample ids "
+                f"{', '.join(map(str, broken[:8].tolist()))}{' …' if len(broken) > 8 else ''}): nothing measured of it "
+                "would mean anything"
+            )
         correct_clean = clean == y
         chosen = torch.arange(len(y), device=self.device)
         if protocol.scope == "clean_correct":

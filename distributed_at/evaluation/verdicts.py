@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from distributed_at.evaluation.kinds.autoattack import AutoAttackProtocol
 from distributed_at.evaluation.kinds.pgd import PgdProtocol
 from distributed_at.evaluation.result import EvaluationResult
+from distributed_at.logits import NO_CLASS
 
 Level = Literal["bad", "note"]
 
@@ -29,6 +30,10 @@ TITLES: dict[str, tuple[Level, str]] = {
     "single_step_masking": ("bad", "Robust against single steps alone"),
     "query_attack_beats_gradients": ("bad", "An attack without gradients does more"),
     "vanishing_gradients": ("bad", "Input gradients vanish"),
+    "randomised": ("bad", "Answers at random"),
+    "nonfinite_logits": ("bad", "Logits not finite under attack"),
+    "attacks_disagree": ("bad", "Attacks of one ball disagree"),
+    "attack_breaks_nothing": ("bad", "An attack breaks nothing"),
     "other_data": ("bad", "Measured on other data"),
     "attack_improves_accuracy": ("bad", "Attack makes it better"),
     "no_better_than_guessing": ("bad", "No better than guessing"),
@@ -152,19 +157,26 @@ def vanishing_gradients(
     *,
     floor: float = 1e-12,
     share: float = 0.01,
+    at_once: int | None = None,
 ) -> Verdict | None:
-    """Suspect masking where input gradients of the cross-entropy are (nearly) zero on many samples.
+    """Suspect masking where input gradients of the cross-entropy are (nearly) zero, or not finite, on many samples.
 
     Args:
         forward: x -> logits in eval mode.
         x: (N, C, H, W) in [0, 1]; ``y``: (N,) labels.
         floor: largest absolute gradient entry that still counts as nothing; float32 sign steps need more than 1e-38.
         share: share of samples above which to speak.
+        at_once: samples of one forward; None = all.
     """
-    x = x.detach().clone().requires_grad_(True)
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(F.cross_entropy(forward(x), y, reduction="sum"), x)
-    vanished = float((gradient.abs().flatten(1).amax(1) <= floor).float().mean())
+    usable = []
+    for part, labels in zip(x.split(at_once or len(x)), y.split(at_once or len(y)), strict=True):
+        image = part.detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            total = F.cross_entropy(forward(image), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(total, image)
+        largest = gradient.abs().flatten(1).amax(1)
+        usable.append((largest > floor) & torch.isfinite(largest))
+    vanished = float((~torch.cat(usable)).float().mean())
     if vanished <= share:
         return None
     return Verdict(
@@ -172,6 +184,73 @@ def vanishing_gradients(
         f"{vanished:.1%} of the samples have no usable input gradient: the cross-entropy saturates or the model hides "
         "its gradient, so gradient attacks stand still",
         {"share": vanished},
+    )
+
+
+def randomised(
+    forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, tolerance: float = 1e-3
+) -> Verdict | None:
+    """Suspect a network that answers the same images x (N, C, H, W) differently twice: a PGD on it aims at one draw alone.
+
+    ``tolerance``: of the largest logit; kernels that add in no fixed order differ by less.
+    """
+    with torch.no_grad():
+        first, second = forward(x), forward(x)
+    apart = float((first - second).abs().max() / first.abs().max().clamp_min(1e-12)) if len(x) else 0.0
+    if apart <= tolerance:
+        return None
+    return Verdict(
+        "randomised",
+        f"two forwards of the same images differ by {apart:.1%} of their largest logit: dropout or noise is on. Call "
+        "eval() on the network, or, where the randomness is a defence, use AutoAttack's version 'rand'",
+        {"apart": apart},
+    )
+
+
+def nonfinite_logits(result: EvaluationResult) -> Verdict | None:
+    """Suspect a network whose logits stop being finite under attack; such images count as wrong."""
+    ids = result.rows.sample_id[result.rows.adv_prediction == NO_CLASS]
+    if not len(ids):
+        return None
+    return Verdict(
+        "nonfinite_logits",
+        f"under {result.protocol.name} the logits of {len(ids)} images are not finite, which counts as wrong (sample ids "
+        f"{', '.join(map(str, ids[:8].tolist()))}{' …' if len(ids) > 8 else ''}): an attack stands still where they are",
+        {"images": float(len(ids))},
+    )
+
+
+def attacks_disagree(first: EvaluationResult, second: EvaluationResult, *, gap: float = 0.12) -> Verdict | None:
+    """Suspect the attack that leaves far more right than another of the same ball, whatever makes them different."""
+    one, other = _paired(first, second)
+    if not len(one) or abs(one.mean() - other.mean()) <= gap:
+        return None
+    weak, strong = (first, second) if one.mean() > other.mean() else (second, first)
+    most, least = max(one.mean(), other.mean()), min(one.mean(), other.mean())
+    return Verdict(
+        "attacks_disagree",
+        f"{weak.protocol.name} leaves {most:.1%} right and {strong.protocol.name}, in the same ball, {least:.1%}: the former "
+        "says little of this network",
+        {"more": float(most), "less": float(least)},
+    )
+
+
+def breaks_nothing(result: EvaluationResult, *, radius: float = 8.0, least: int = 5) -> Verdict | None:
+    """Suspect an attack that leaves every image right at a radius where no known network is (linf, ``radius``/255 on).
+
+    ``least``: images that are right before the attack, below which nothing is said.
+    """
+    ball, steps = result.protocol.ball, getattr(result.protocol, "num_steps", 1)
+    clean = result.clean_correct
+    if ball is None or ball[0] != "linf" or ball[1] < radius or not steps or clean < least:
+        return None
+    if result.correct < clean:
+        return None
+    return Verdict(
+        "attack_breaks_nothing",
+        f"{result.protocol.name} breaks none of the {clean} images that are right without it: it does not see the network, "
+        "or its gradients are hidden",
+        {"correct": float(clean)},
     )
 
 
@@ -183,6 +262,8 @@ def judge(results: Sequence[EvaluationResult]) -> list[Verdict]:
         (r for r in untargeted if isinstance(r.protocol, PgdProtocol)),
         key=lambda r: (r.protocol.num_steps, r.protocol.restarts),  # type: ignore[attr-defined]
     )
+    found += [nonfinite_logits(result) for result in results if result.protocol.attacked]
+    found += [breaks_nothing(result) for result in untargeted]
     for i, weak in enumerate(pgds):
         for strong in pgds[i + 1 :]:
             found += _compare_pgd(weak, strong)
@@ -207,8 +288,10 @@ def _compare_pgd(weak: EvaluationResult, strong: EvaluationResult) -> list[Verdi
     few, many = weak.protocol, strong.protocol
     assert isinstance(few, PgdProtocol)
     assert isinstance(many, PgdProtocol)
-    if not _same_ball(weak, strong) or few.num_steps == many.num_steps:
+    if not _same_ball(weak, strong):
         return []
+    if few.num_steps == many.num_steps:
+        return [attacks_disagree(weak, strong)]
     found = [stronger_is_weaker(weak, strong)]
     # a single step that cannot reach the ball's surface is weak by itself and tells nothing
     if few.num_steps == 1 and few.step_size >= few.eps:

@@ -28,8 +28,11 @@ from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.views import remote_views
 from distributed_at.engine.runs.weights import SavedNetwork, open_network
 from distributed_at.evaluation import EvaluationResult, Execution, Subject, Verdict, evaluate_entry, judge
+from distributed_at.evaluation.examination import examine
 from distributed_at.evaluation.examples import save_examples
+from distributed_at.evaluation.isolation import borrowed
 from distributed_at.float32 import tf32
+from distributed_at.models.branches import on_branch
 from distributed_at.observe.events import EventLog, next_restart
 from distributed_at.observe.record import load_run
 from distributed_at.observe.verdicts import run_verdicts
@@ -57,6 +60,18 @@ def subject_of(network: nn.Module, config: RunConfig) -> Subject:
         content = {"model": json.loads(description), "plugins": sorted(plugin.sha256 for plugin in config.plugins)}
         description = json.dumps(content, sort_keys=True)
     return Subject(network=network, description=description, training_attack=config.attack, seed=config.seed)
+
+
+def other_data(difference: str) -> Verdict:
+    """Return the verdict on numbers of other data than those that the run began with."""
+    return Verdict("other_data", f"measured on other data than the run's own: {difference}", {})
+
+
+def looked_at(subject: Subject, source: ImageSource, *, device: torch.device) -> list[Verdict]:
+    """Return what a look at a few images tells of a run's network."""
+    assert isinstance(subject.network, nn.Module)
+    with tf32(False), borrowed(subject.network), on_branch(subject.network, subject.branch or "adv"):
+        return examine(subject.network, source, device=device)
 
 
 def measure(
@@ -124,7 +139,9 @@ def evaluate_run(
                 save_examples(
                     run.root / "examples.npz", network, fitting, attack, seed=config.seed, device=world.device
                 )
-            verdicts = _record(run, config, saved, split, results, data=source.identity().digest, other=other)
+            doubts = [] if other is None else [other_data(other)]
+            doubts += looked_at(subject, fitting, device=world.device)
+            verdicts = _record(run, config, saved, split, results, data=source.identity().digest, doubts=doubts)
     return RunEvaluation(checkpoint=saved.path, results=tuple(results), verdicts=tuple(verdicts))
 
 
@@ -147,13 +164,13 @@ def _record(
     results: Sequence[EvaluationResult],
     *,
     data: str,
-    other: str | None,
+    doubts: Sequence[Verdict],
 ) -> list[Verdict]:
     """Write results and verdicts into the run's events; return the verdicts.
 
-    ``data``: digest of the data that were measured; ``other``: how they differ from the run's own.
+    ``data``: digest of the data that were measured; ``doubts``: of data and network, whatever was measured.
     """
-    doubts = [] if other is None else [Verdict("other_data", f"measured on other data than the run's own: {other}", {})]
+    other = next((doubt.message for doubt in doubts if doubt.code == "other_data"), None)
     restart = max(0, next_restart(run.root) - 1)
     with EventLog(run.root, restart=restart, views=remote_views(config, run)) as events:
         step, epoch = saved.step, saved.epoch
