@@ -36,6 +36,7 @@ def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
         group += f", each over {batch.ranks_per_group} workers"
     if batch.group_free:
         group += " (not fixed by the recipe)"
+    assumed = " (assumed as published: data.path holds no index yet)" if plan.sizes_assumed else ""
     rows = [
         (
             "batch",
@@ -43,7 +44,7 @@ def _batch_rows(plan: Plan) -> list[tuple[str, str]]:
             "accumulated",
         ),
         ("batch-norm group", f"{group}; {batch.groups_per_step} groups a step"),
-        ("images", f"{plan.num_train:,} to train on, {plan.num_test:,} to test on"),
+        ("images", f"{plan.num_train:,} to train on, {plan.num_test:,} to test on{assumed}"),
         ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.num_steps:,} in {plan.epochs:g} epochs"),
     ]
     for path, digest in plan.plugins:

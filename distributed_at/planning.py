@@ -71,6 +71,7 @@ class Plan:
     batch: BatchPlan
     num_train: int
     num_test: int
+    sizes_assumed: bool
     steps_per_epoch: int
     num_steps: int
     epochs: float
@@ -114,6 +115,7 @@ def make_plan(
     """
     kind = find_gpu(gpu) if gpu is not None else None
     _folder.cache_clear()
+    _indexed.cache_clear()
     train = config.train
     batch = BatchPlan.resolve(
         batch_size=train.batch_size,
@@ -149,6 +151,7 @@ def make_plan(
         batch=batch,
         num_train=num_train,
         num_test=num_test,
+        sizes_assumed=sizes_are_assumed(config.data),
         steps_per_epoch=per_epoch,
         num_steps=schedules.num_steps,
         epochs=train.epochs,
@@ -206,10 +209,22 @@ def count_classes(data: DataConfig) -> int:
 
 
 def _published_sizes(data: DataConfig) -> tuple[int, int]:
-    if data.facts.train is not None and data.facts.test is not None:
-        return data.facts.train, data.facts.test
-    _, train, test = _folder(data)
-    return train, test
+    if data.facts.train is None or data.facts.test is None:
+        _, train, test = _folder(data)
+        return train, test
+    return _indexed(data) or (data.facts.train, data.facts.test)
+
+
+def sizes_are_assumed(data: DataConfig) -> bool:
+    """Whether the numbers of images are the published ones, of a folder that has not been indexed."""
+    return data.facts.folder and data.facts.train is not None and _indexed(data) is None
+
+
+@lru_cache(maxsize=1)
+def _indexed(data: DataConfig) -> tuple[int, int] | None:
+    from distributed_at.data.sources import indexed_sizes
+
+    return indexed_sizes(data) if data.facts.folder else None
 
 
 @lru_cache(maxsize=1)

@@ -22,6 +22,7 @@ class Dataset:
         train, test: published numbers of images; None = what the folder holds.
         classes: None = what the folder holds.
         image_size: height and width of the images, which are not resized; None = they are, to ``data.image_size``.
+        folder: it is a folder of class folders, or of shards made of one.
         fetch: "module:function" that downloads it into a folder; None = nobody may.
         robust_overfitting: robust accuracy is known to fall after the learning rate has (Rice et al. 2020).
     """
@@ -32,6 +33,7 @@ class Dataset:
     test: int | None = None
     classes: int | None = None
     image_size: int | None = None
+    folder: bool = False
     fetch: str | None = None
     robust_overfitting: bool = False
 
@@ -86,8 +88,9 @@ DATASETS: Registry[Dataset] = Registry(
             train=1_281_167,
             test=50_000,
             classes=1000,
+            folder=True,
         ),
-        "folder": Dataset(title="folder of images", open=f"{_DATA}.sources:open_image_folder"),
+        "folder": Dataset(title="folder of images", open=f"{_DATA}.sources:open_image_folder", folder=True),
     },
 )
 

@@ -12,7 +12,7 @@ from distributed_at.config import DataConfig
 from distributed_at.data.imagenet import Decoder, FolderSource, check_layout
 from distributed_at.data.imagenet_dali import DaliDecoder
 from distributed_at.data.imagenet_pil import PilDecoder
-from distributed_at.data.index import FolderIndex, Progress, list_folder, open_index
+from distributed_at.data.index import FolderIndex, Progress, list_folder, open_index, read_index
 from distributed_at.data.machine import dali_installed, decoder_threads
 from distributed_at.data.shards import has_shards, load_shards
 from distributed_at.data.source import ImageSource
@@ -156,6 +156,34 @@ def folder_sizes(config: DataConfig) -> tuple[tuple[str, ...], int, int]:
     classes, images = _counted(root)
     test = config.test_size or 0
     return classes, images - test, test
+
+
+def indexed_sizes(config: DataConfig) -> tuple[int, int] | None:
+    """Return (training, test) images of a folder as its index or shards say them; None where nothing says it yet.
+
+    Where the folder is there, what a run would refuse later is refused now: its layout, and classes that differ.
+
+    Raises:
+        DataError: the folder is not laid out as a run needs it.
+    """
+    root = None if config.path is None else Path(config.path).expanduser()
+    if root is None or not root.is_dir():
+        return None
+    check_layout(root, "train")
+    _check_same_classes(root)
+    if not has_shards(root / "val"):
+        list_folder(root / "val")
+    sizes = [_indexed(root / part) for part in ("train", "val")]
+    return None if None in sizes else (sizes[0] or 0, sizes[1] or 0)
+
+
+def _indexed(folder: Path) -> int | None:
+    if has_shards(folder):
+        return len(load_shards(folder))
+    try:
+        return len(read_index(folder))
+    except DataError:  # none yet, or one that a run makes again
+        return None
 
 
 def _counted(folder: Path) -> tuple[tuple[str, ...], int]:

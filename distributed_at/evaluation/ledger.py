@@ -25,6 +25,7 @@ from distributed_at.evaluation.rows import COLUMNS, Rows, empty_rows
 from distributed_at.files import write_atomically
 
 PROTOCOL_FILE = "protocol.json"
+SUMMARY_FILE = "summary.json"  # of a finished evaluation
 EARLIER = "earlier_hash"
 _GLOB = "rows-*.jsonl"
 # columns that must agree where a sample was evaluated twice; a loss may differ by rounding between machines
@@ -96,6 +97,13 @@ class Ledger:
         else:
             write_atomically(record, content)
         return cls(folder=folder, protocol_hash=protocol.hash)
+
+    def seconds(self) -> float:
+        """Return the wall-clock time that earlier calls took, as the finished summary says it; 0 without one."""
+        try:
+            return float(json.loads((self.folder / SUMMARY_FILE).read_text(encoding="utf-8"))["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0
 
     def append(self, rows: Rows) -> None:
         """Add rows to this writer's file and return when they are on disk."""

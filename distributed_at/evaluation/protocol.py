@@ -27,6 +27,9 @@ FORMAT = 2
 P = TypeVar("P", bound="Protocol")
 
 
+OF_THE_RUN = ("weights", "model", "seed")  # what a run brings, however it is measured
+
+
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
@@ -88,8 +91,17 @@ class Protocol:
 
     @property
     def hash(self) -> str:
-        """sha256 of the canonical JSON, 64 hex digits."""
+        """sha256 of the canonical JSON, 64 hex digits: of the result, as the weights are part of it."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+    @property
+    def protocol_hash(self) -> str:
+        """sha256 of the same without weights, architecture and the seed of random starts, 64 hex digits.
+
+        Two results of equal protocol hashes were measured in the same way, on the same images: this is what a paper quotes.
+        """
+        content = {k: v for k, v in json.loads(self.canonical()).items() if k not in OF_THE_RUN}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def short_hash(self) -> str:
@@ -139,7 +151,13 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """Return the whole record as JSON types, with name and hash, as summaries and events show it."""
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "title"}
-        return {**json.loads(json.dumps(values)), "format": FORMAT, "name": self.name, "hash": self.hash}
+        return {
+            **json.loads(json.dumps(values)),
+            "format": FORMAT,
+            "name": self.name,
+            "hash": self.hash,
+            "protocol_hash": self.protocol_hash,
+        }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Protocol:

@@ -17,7 +17,7 @@ class EvaluationResult:
     Attributes:
         protocol: what was measured.
         rows: one row a sample, in the order of sample ids.
-        seconds: wall-clock time of this call.
+        seconds: wall-clock time of the calls that computed its rows.
         computed: rows that this call computed (over all ranks); the others came from the ledger.
         expected: samples that the protocol covers; ``total`` is smaller only while other jobs still work.
     """

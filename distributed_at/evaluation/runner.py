@@ -23,7 +23,7 @@ from distributed_at.errors import ConfigError
 from distributed_at.evaluation.heartbeat import Heartbeat
 from distributed_at.evaluation.isolation import Model, device_of, lent
 from distributed_at.evaluation.kinds import KINDS
-from distributed_at.evaluation.ledger import Ledger
+from distributed_at.evaluation.ledger import SUMMARY_FILE, Ledger
 from distributed_at.evaluation.protocol import Protocol, build_protocol, ids_hash
 from distributed_at.evaluation.result import EvaluationResult
 from distributed_at.evaluation.row_maker import RowMaker
@@ -198,15 +198,17 @@ def evaluate(
         everything = _stored(ledger, ids)  # processes that share only the folder see each other's rows here
     elif len(known):
         everything = concatenate([known, everything]).by_id()
+    before = 0.0 if ledger is None else ledger.seconds()
+    seconds = time.monotonic() - started if computed else 0.0
     result = EvaluationResult(
         protocol=protocol,
         rows=everything,
-        seconds=time.monotonic() - started,
+        seconds=before + seconds,
         computed=computed,
         expected=len(ids),
     )
     if ledger is not None and result.complete and (shard.rank == 0 or not shard.connected):
-        write_atomically(ledger.folder / "summary.json", json.dumps(result.summary(), indent=1, sort_keys=True) + "\n")
+        write_atomically(ledger.folder / SUMMARY_FILE, json.dumps(result.summary(), indent=1, sort_keys=True) + "\n")
     return result
 
 

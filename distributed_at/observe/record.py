@@ -14,7 +14,7 @@ import yaml
 from distributed_at.catalogue.datasets import recorded_dataset
 from distributed_at.errors import ConfigError, DataError
 from distributed_at.evaluation.kinds import KINDS
-from distributed_at.evaluation.protocol import Protocol
+from distributed_at.evaluation.protocol import OF_THE_RUN, Protocol
 from distributed_at.evaluation.verdicts import TITLES, Verdict
 from distributed_at.observe.environment import read_environment
 from distributed_at.observe.events import EVENTS_FILE, read_events, select
@@ -22,7 +22,7 @@ from distributed_at.statistics import wilson
 
 RECIPE_FILE = "recipe.yaml"
 # Fields that belong to the measured model, not to how it was measured.
-MODEL_FIELDS = ("hash", "weights", "model", "name", "title")
+MODEL_FIELDS = ("hash", "protocol_hash", "weights", "model", "name", "title")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,14 @@ class Measurement:
     epoch: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None  # where its rows by sample are kept
+
+    @property
+    def protocol_hash(self) -> str:
+        """Hash of how it was measured, whatever the model; empty where no protocol was recorded."""
+        try:
+            return Protocol.from_dict(dict(self.details)).protocol_hash if self.details.get("kind") in KINDS else ""
+        except (TypeError, ValueError, ConfigError):
+            return ""
 
     @property
     def is_clean(self) -> bool:
@@ -80,7 +88,8 @@ class Measurement:
             return False
         if self.hash and self.hash == other.hash:
             return True
-        return bool(self.way) and self.way == other.way
+        mine, theirs = ({k: v for k, v in one.way.items() if k not in OF_THE_RUN} for one in (self, other))
+        return bool(mine) and mine == theirs
 
 
 @dataclass(frozen=True, kw_only=True)

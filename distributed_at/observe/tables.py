@@ -1,17 +1,18 @@
 """Tables of measured accuracies, for the terminal and as JSON: the same rows, with keys that do not change.
 
-Keys of a row: ``run, protocol, hash, branch, split, metric, correct, total, accuracy, low, high, seconds, success,
-paper, difference, comparable, p_value``. ``success`` is the share that a targeted attack moved to its target, else
+Keys of a row: ``run, protocol, hash, protocol_hash, branch, split, metric, correct, total, accuracy, low, high, seconds,
+success, paper, difference, paper_differs, comparable, p_value``. ``hash`` is of the result, weights included;
+``protocol_hash`` is of how it was measured alone. ``success`` is the share that a targeted attack moved to its target, else
 null. Shares lie in [0, 1]; ``paper`` (percent) and ``difference`` (ours minus the paper's, percentage points) are null
-where the recipe names no number; ``comparable`` is null for the first run. ``p_value`` is that of the exact McNemar test
-against the first run on the same images, null where the two are not comparable or their rows by sample are not there.
+where the paper has no number that measures the same, and ``paper_differs`` lists why one that it prints under this name is
+another. ``comparable`` is null for the first run. ``p_value`` is that of the exact McNemar test against the first run on the
+same images, null where the two are not comparable or their rows by sample are not there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,61 +22,32 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from distributed_at.catalogue.norms import recorded_norm
-from distributed_at.evaluation import KINDS, EvaluationResult, Ledger, worst_cases
+from distributed_at.evaluation import EvaluationResult, Ledger, worst_cases
+from distributed_at.observe.paper_row import paper_row
 from distributed_at.observe.record import Measurement, RunRecord, load_run
 from distributed_at.statistics import format_interval, format_percent, mcnemar
 
 KEYS = (
-    "run", "protocol", "hash", "branch", "split", "metric", "correct", "total", "accuracy", "low", "high", "seconds",
-    "success", "paper", "difference", "comparable", "p_value",
+    "run", "protocol", "hash", "protocol_hash", "branch", "split", "metric", "correct", "total", "accuracy", "low", "high",
+    "seconds", "success", "paper", "difference", "paper_differs", "comparable", "p_value",
 )  # fmt: skip
-_SYNONYMS = {"autoattack": "aa", "natural": "clean", "nat": "clean"}
 
 
-def _plain(name: str) -> str:
-    word = re.sub(r"[^a-z0-9]", "", name.lower())
-    return _SYNONYMS.get(word, word)
-
-
-def _aliases(measurement: Measurement) -> set[str]:
-    """Short names under which a paper's number may stand: ``clean``, ``aa``, ``pgd20``, ``pgd10x5``."""
-    kind = str(measurement.details.get("kind") or "")
-    if kind in KINDS:
-        return {_plain(name) for name in KINDS[kind].paper_names({**measurement.details, "name": measurement.protocol})}
-    name = measurement.protocol.split(" ")[
-        0
-    ]  # an event of training holds the protocol's name alone: "PGD-20 linf 8/255"
-    return {_plain(measurement.protocol), _plain(name), *(["clean"] if measurement.is_clean else [])}
-
-
-def paper_number(record: RunRecord, measurement: Measurement) -> float | None:
-    """Return the paper's number (percent) for a test-set measurement, matched by protocol (``pgd10``, ``aa``, ``clean``).
-
-    A recipe's ``paper.numbers`` may name a branch too (``clean_adv``, ``clean_branch_clean``): that entry wins over the
-    plain name. Plain names speak of the branch that faces the attack; they say nothing of a mixture's clean branch.
-    """
-    if measurement.split not in ("test", ""):
-        return None
-    aliases = _aliases(measurement)
-    branch = _plain(measurement.branch)
-    exact = {word for alias in aliases for word in (alias + branch, f"{branch}branch{alias}")} if branch else set()
-    for wanted in (
-        exact,
-        aliases if branch != "clean" or not recorded_norm(record.section("model")).branches else set(),
-    ):
-        for name, value in record.paper_numbers.items():
-            if _plain(str(name)) in wanted:
-                return float(value)
-    return None
+_LISTED = 12  # differences from a paper's row that a caption names
 
 
 def evaluation_rows(run: RunRecord | Path | str, *, reference: RunRecord | None = None) -> list[dict[str, Any]]:
     """Return one row a measurement of a run; ``reference`` is the run that ``comparable`` speaks of."""
     record = run if isinstance(run, RunRecord) else load_run(run)
     rows = []
+    beside = paper_row(record)
     for measurement in record.measurements:
-        paper = paper_number(record, measurement)
+        paper = None if beside is None else beside.number(measurement)
+        differs: list[str] = []
+        if beside is not None and paper is None and beside.named(measurement) is not None:
+            differs = list(beside.differences)
+            if not beside.is_measured_alike(measurement):
+                differs.append("the evaluation is not the recipe's")
         comparable = p_value = None
         if reference is not None:
             alike = [m for m in reference.measurements if measurement.comparable(m)]
@@ -83,7 +55,7 @@ def evaluation_rows(run: RunRecord | Path | str, *, reference: RunRecord | None 
             p_value = paired_p_value(alike[0], measurement) if alike else None
         row = {
             key: getattr(measurement, key)
-            for key in ("protocol", "hash", "branch", "split", "metric", "correct", "total", "accuracy", "low", "high", "seconds", "success")
+            for key in ("protocol", "hash", "protocol_hash", "branch", "split", "metric", "correct", "total", "accuracy", "low", "high", "seconds", "success")
         }  # fmt: skip
         difference = None if paper is None else 100 * measurement.accuracy - paper
         rows.append(
@@ -92,6 +64,7 @@ def evaluation_rows(run: RunRecord | Path | str, *, reference: RunRecord | None 
                 **row,
                 "paper": paper,
                 "difference": difference,
+                "paper_differs": differs,
                 "comparable": comparable,
                 "p_value": p_value,
             }
@@ -156,7 +129,7 @@ def table(rows: Sequence[dict[str, Any]], *, title: str = "") -> Table:
         "paper %": lambda row: "–" if row["paper"] is None else f"{row['paper']:.2f}",
         "difference": lambda row: "–" if row["difference"] is None else f"{row['difference']:+.2f}",
         "p, same images": lambda row: "–" if row["p_value"] is None else f"{row['p_value']:.2g}",
-        "hash": lambda row: str(row["hash"])[:10],
+        "protocol hash": lambda row: str(row["protocol_hash"] or "")[:10],
     }
     for name in ("run", "branch", "split"):
         if len({row[name] for row in rows}) == 1:
@@ -172,11 +145,17 @@ def table(rows: Sequence[dict[str, Any]], *, title: str = "") -> Table:
         if name in ("run", "protocol", "branch", "split"):
             shown.add_column(name, overflow="fold", min_width=min(24, max(len(columns[name](row)) for row in rows)))
         else:
-            shown.add_column(name, justify="right", no_wrap=True, style="dim" if name == "hash" else "")
+            shown.add_column(name, justify="right", no_wrap=True, style="dim" if name == "protocol hash" else "")
     for row in rows:
         shown.add_row(*(Text(cell(row)) for cell in columns.values()))
+    captions = []
     if any(row.get("comparable") is False for row in rows):
-        shown.caption = "* measured in another way than the first run: not comparable"
+        captions.append("* measured in another way than the first run: not comparable")
+    told = list(dict.fromkeys(line for row in rows for line in row.get("paper_differs") or ()))
+    if told:
+        more = f" and {len(told) - _LISTED} more" if len(told) > _LISTED else ""
+        captions.append(f"not set beside the paper's numbers: {'; '.join(told[:_LISTED])}{more}")
+    shown.caption = "\n".join(captions) or None
     return shown
 
 

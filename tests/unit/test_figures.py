@@ -26,16 +26,20 @@ from distributed_at.observe.figures import (
 from distributed_at.observe.figures.curves import depth_of, strategy_of
 from distributed_at.observe.record import load_run
 from distributed_at.recipes import dump_yaml, load_recipe
+from distributed_at.statistics import wilson
+from tests import records
 
 
-def write_run(folder, ref, accuracies, *, branch="adv", clean=0.6, total=1000):
+def write_run(folder, ref, accuracies, *, branch="adv", clean=0.6, total=50_000):
     """Write a run folder with a recipe and summaries of PGD at some numbers of steps; return its record."""
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(dump_yaml(load_recipe(f"imagenet/xie_yuille/{ref}").config))
+    config = load_recipe(f"imagenet/xie_yuille/{ref}").config
+    (folder / "recipe.yaml").write_text(dump_yaml(config))
+    asked = {e.attack.num_steps: records.protocol(config, e) for e in records.singles(config) if e.attack is not None}
     protocols = [({"kind": "clean", "name": "clean", "num_steps": 0}, "clean_accuracy", clean)]
     for steps, accuracy in accuracies.items():
         content = {"kind": "pgd", "num_steps": steps, "eps": 16.0, "target": "random_other", "norm": "linf"}
-        protocols.append(({**content, "name": f"PGD-{steps}"}, "robust_accuracy", accuracy))
+        protocols.append((asked.get(steps, {**content, "name": f"PGD-{steps}"}), "robust_accuracy", accuracy))
     for number, (protocol, metric, accuracy) in enumerate(protocols):
         target = folder / "evaluations" / str(number)
         target.mkdir(parents=True)
@@ -97,7 +101,8 @@ def test_intervals_are_drawn_around_each_point(ratios):
     segments = drawn.figure.axes[0].containers[0].lines[2][0].get_segments()
     low, high = sorted(float(y) for y in segments[0][:, 1])
     assert low < 39.0 < high
-    assert high - low == pytest.approx(6.0, abs=0.5)  # Wilson 95 % of 390 out of 1000
+    expected = wilson(19_500, 50_000)
+    assert high - low == pytest.approx(100 * (expected[1] - expected[0]), rel=1e-6)
 
 
 def test_figures_2_and_3_show_curves_over_attack_iterations_by_norm(ratios, tmp_path):

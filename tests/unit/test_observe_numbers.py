@@ -17,6 +17,7 @@ from distributed_at.observe.secrets import redact_text, secret_values
 from distributed_at.observe.tables import evaluation_rows
 from distributed_at.observe.wandb import flatten
 from distributed_at.statistics import wilson
+from tests import records
 
 
 def shown(*rows: dict) -> list[str]:
@@ -100,22 +101,35 @@ def pgd(steps: int, **fields: object) -> dict:
     return {"name": f"PGD-{steps}", "kind": "pgd", "num_steps": steps, **fields}
 
 
+PGD10 = "[{kind: pgd, attack: {eps: 8, num_steps: 10, step_size: 2, restarts: RESTARTS}}]"
+
+
+def measured(
+    folder: Path, numbers: dict[str, float], *, restarts: int = 1, branches: tuple[str, ...] = ("adv",)
+) -> Path:
+    """Write a run whose recipe measures PGD-10, and what came of it on each branch."""
+    norm = ["model.norm=mbn", "objective={name: mixture}"] if len(branches) > 1 else []
+    config = records.recipe(numbers, PGD10.replace("RESTARTS", str(restarts)), *norm)
+    (entry,) = records.singles(config)
+    rows = [
+        {"protocol": records.protocol(config, entry, branch=branch), "branch": branch, "correct": 430, "total": 1000}
+        for branch in branches
+    ]
+    return records.write(folder, config, rows)
+
+
 def test_attack_with_restarts_is_another_row_of_the_paper(tmp_path: Path) -> None:
-    summaries = [{"protocol": pgd(10, name="PGD-10x5 linf 8/255", restarts=5)}]
-    alone = run_folder(tmp_path / "a", summaries, paper={"numbers": {"pgd10": 40.0}})
+    alone = measured(tmp_path / "a", {"pgd10": 40.0}, restarts=5)
     assert evaluation_rows(alone)[0]["paper"] is None
-    both = run_folder(tmp_path / "b", summaries, paper={"numbers": {"pgd10": 40.0, "pgd10x5": 38.5}})
-    (row,) = evaluation_rows(both)
+    (row,) = evaluation_rows(measured(tmp_path / "b", {"pgd10": 40.0, "pgd10x5": 38.5}, restarts=5))
     assert (row["paper"], row["difference"]) == (38.5, pytest.approx(4.5))
 
 
 def test_a_mixtures_clean_branch_is_not_held_against_the_number_of_the_robust_one(tmp_path: Path) -> None:
-    summaries = [{"protocol": pgd(10), "branch": branch} for branch in ("adv", "clean")]
-    numbers = {"numbers": {"pgd10": 40.0}}
-    mixture = run_folder(tmp_path / "mixture", summaries, model={"norm": "mbn"}, paper=numbers)
+    mixture = measured(tmp_path / "mixture", {"pgd10": 40.0}, branches=("adv", "clean"))
     assert {row["branch"]: row["paper"] for row in evaluation_rows(mixture)} == {"adv": 40.0, "clean": None}
-    named = {"numbers": {"pgd10": 40.0, "clean_branch_pgd10": 3.0}}
-    mixture = run_folder(tmp_path / "named", summaries, model={"norm": "mbn"}, paper=named)
+    named = {"pgd10": 40.0, "clean_branch_pgd10": 3.0}
+    mixture = measured(tmp_path / "named", named, branches=("adv", "clean"))
     assert {row["branch"]: row["paper"] for row in evaluation_rows(mixture)} == {"adv": 40.0, "clean": 3.0}
 
 

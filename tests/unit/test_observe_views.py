@@ -20,6 +20,7 @@ from distributed_at.observe.events import EventLog
 from distributed_at.observe.record import parse_measurement
 from distributed_at.observe.tables import KEYS, compare, compare_rows, evaluation_rows, rows_json
 from distributed_at.statistics import mcnemar
+from tests import records
 
 
 def events() -> list[dict]:
@@ -81,7 +82,10 @@ def write_summary(
 
 
 def test_rows_have_the_documented_keys_in_table_and_json(tmp_path: Path) -> None:
-    rows = evaluation_rows(write_summary(tmp_path / "a", 250, paper={"pgd-20": 49.0}))
+    config = records.recipe({"pgd-20": 49.0}, "[{kind: pgd, attack: {eps: 8, num_steps: 20, step_size: 2}}]")
+    (entry,) = records.singles(config)
+    summary = {"protocol": records.protocol(config, entry), "correct": 250, "total": 500}
+    rows = evaluation_rows(records.write(tmp_path / "a", config, [summary]))
     assert tuple(json.loads(rows_json(rows))[0]) == KEYS
     (row,) = rows
     assert (row["accuracy"], row["paper"], row["difference"]) == (0.5, 49.0, pytest.approx(1.0))

@@ -19,6 +19,8 @@ from distributed_at.observe.report import build_report
 from distributed_at.observe.report.charts import Series, line_chart, nice_ticks
 from distributed_at.observe.report.pictures import load_examples
 from distributed_at.observe.report.verdict import findings, robust_result
+from distributed_at.recipes import dump_yaml
+from tests import records
 
 VOID = {"meta", "img", "br", "link", "hr", "line", "circle", "path", "polyline", "polygon"}
 
@@ -73,7 +75,7 @@ def write_evaluation(folder: Path, name: str, correct: int, total: int = 1000, *
     place = folder / "evaluations" / re.sub(r"\W+", "-", name)
     place.mkdir(parents=True)
     content = {
-        "protocol": {"name": name, "hash": f"{folder.name}-{name}", "kind": "pgd", **protocol},
+        "protocol": {"kind": "pgd", **protocol, "name": name, "hash": f"{folder.name}-{name}"},
         "branch": "adv", "split": "test", "metric": "robust_accuracy", "correct": correct, "total": total,
         "accuracy": correct / total, "seconds": 2.0,
     }  # fmt: skip
@@ -82,7 +84,11 @@ def write_evaluation(folder: Path, name: str, correct: int, total: int = 1000, *
 
 def full_run(folder: Path, robust: int = 437, description: str = "") -> Path:
     folder.mkdir()
-    write_recipe(folder, paper={"title": "P", "table": "T1", "numbers": {"pgd20": 41.25}}, description=description)
+    config = records.recipe(
+        {"pgd20": 41.25}, "[{kind: pgd, attack: {eps: 8, num_steps: 20, step_size: 2}}]", f"name={folder.name}",
+        f"description='{description}'", "seed=3",
+    )  # fmt: skip
+    (folder / "recipe.yaml").write_text(dump_yaml(config))
     (folder / "environment.json").write_text(json.dumps({"host": "node-17", "world_size": 2}))
     with EventLog(folder) as log:
         log.write("run_start", step=0, epoch=0, world_size=2)
@@ -95,7 +101,9 @@ def full_run(folder: Path, robust: int = 437, description: str = "") -> Path:
             log.write("evaluation", step=10 * epoch, epoch=epoch, split="validation", protocol=protocol, branch="adv", metric="robust_accuracy", correct=correct, total=200)  # fmt: skip
         log.write("warning", step=5, epoch=0.5, code="data.corrupt_image", message="<b>bad</b> image")
         log.write("run_end", step=40, epoch=4, reason="finished")
-    write_evaluation(folder, "PGD-20 linf 8/255", robust, num_steps=20)
+    (entry,) = records.singles(config)
+    whole = {key: value for key, value in records.protocol(config, entry).items() if key not in ("name", "hash")}
+    write_evaluation(folder, "PGD-20 linf 8/255", robust, **whole)
     write_evaluation(folder, "clean", 871, kind="clean", num_steps=0)
     rng = np.random.default_rng(0)
     clean = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)

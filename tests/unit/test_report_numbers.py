@@ -21,6 +21,7 @@ from distributed_at.observe.report.curves import charts
 from distributed_at.observe.report.page import page_values
 from distributed_at.observe.report.pictures import load_examples
 from distributed_at.observe.report.verdict import findings, sentence
+from tests import records
 
 
 class Drawing:
@@ -164,8 +165,10 @@ def test_large_numbers_and_verdict_are_those_of_the_branch_that_faces_the_attack
 def test_a_run_agrees_with_the_paper_where_its_interval_holds_the_number(
     tmp_path: Path, number: float, title: str
 ) -> None:
-    folder = write_run(tmp_path / "run", paper={"numbers": {"pgd20": number}})
-    add_summary(folder, "PGD-20", 437)  # Wilson: 40.66 to 46.79
+    config = records.recipe({"pgd20": number}, "[{kind: pgd, attack: {eps: 8, num_steps: 20, step_size: 2}}]")
+    (entry,) = records.singles(config)
+    row = {"protocol": records.protocol(config, entry), "correct": 437, "total": 1000}  # Wilson: 40.66 to 46.79
+    folder = records.write(tmp_path / "run", config, [row])
     assert [one.title for one in findings(load_run(folder))] == [
         "Agrees with the paper" if title == "Agrees" else f"{title} the paper"
     ]

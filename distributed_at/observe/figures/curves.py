@@ -8,8 +8,8 @@ from typing import Any
 from distributed_at.catalogue.norms import recorded_norm
 from distributed_at.objectives import recorded_objective
 from distributed_at.observe.figures.style import COLOURS, MARKERS, Drawn, legend_above, look, new_figure
+from distributed_at.observe.paper_row import paper_number
 from distributed_at.observe.record import Measurement, RunRecord
-from distributed_at.observe.tables import paper_number
 
 _DEPTHS = {"resnet18": 18, "resnet34": 34, "preact_resnet18": 18, "preact_resnet34": 34, "preact_resnet50": 50}
 

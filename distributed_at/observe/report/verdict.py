@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from distributed_at.observe.paper_row import paper_row
 from distributed_at.observe.record import Measurement, RunRecord
-from distributed_at.observe.tables import paper_number
 from distributed_at.observe.verdicts import apart, clean_result, robust_result, run_verdicts, said
 
+_LISTED = 12  # differences that a finding names
 Level = Literal["good", "note", "bad"]
 
 
@@ -42,8 +43,17 @@ def findings(record: RunRecord, others: Sequence[RunRecord] = ()) -> list[Findin
     """Return what a reader must know, gravest first."""
     found = [Finding(level=v.level, title=v.title, text=v.message) for v in run_verdicts(record)]
     clean, robust = clean_result(record), robust_result(record)
+    beside = paper_row(record)
+    if beside is not None and beside.differences:
+        more = f" and {len(beside.differences) - _LISTED} more" if len(beside.differences) > _LISTED else ""
+        listed = "; ".join(beside.differences[:_LISTED]) + more
+        found.append(Finding(level="note", title="Not the paper's row", text=f"The recipe differs from it: {listed}."))
+    unmeasured = beside.unmeasured(record.measurements) if beside is not None and record.measurements else []
+    if unmeasured:
+        text = f"The recipe asks for {', '.join(unmeasured)}, which no result of the test images answers."
+        found.append(Finding(level="note", title="Not all measured", text=text))
     for one in (clean, robust):
-        number = None if one is None else paper_number(record, one)
+        number = None if one is None or beside is None else beside.number(one)
         if one is None or number is None or one.low is None or one.high is None:
             continue
         inside = one.low <= number / 100 <= one.high
