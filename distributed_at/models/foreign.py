@@ -188,7 +188,7 @@ def fitted_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> tup
     """
     own = network.state_dict()
     prefix = "network." if isinstance(network, ForeignNetwork) else ""
-    named = {key if key in own or not prefix else f"{prefix}{key}": value for key, value in state.items()}
+    named = {key if key.startswith(prefix) else f"{prefix}{key}": value for key, value in state.items()}
     for name, layer in network.named_modules():  # timm's norm layers stand one level deeper once converted
         if isinstance(layer, nn.Sequential) and "norm" in layer._modules:
             for key in [key for key in named if key.rpartition(".")[0] == name]:

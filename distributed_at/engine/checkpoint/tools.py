@@ -6,13 +6,14 @@ trust them.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -20,14 +21,14 @@ from distributed_at.engine.checkpoint import files
 from distributed_at.engine.checkpoint.files import BadCheckpoint, Manifest
 from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.engine.checkpoint.native import read_native
-from distributed_at.engine.checkpoint.reader import SafeReader, load_without_code
+from distributed_at.engine.checkpoint.reader import SafeReader
 from distributed_at.engine.checkpoint.retention import read_best
 from distributed_at.engine.checkpoint.shards import FlatLoadPlanner, FlatShard
 from distributed_at.engine.checkpoint.state import BUFFER, EMA, MODEL
+from distributed_at.engine.checkpoint.weight_files import ABOUT, SUFFIXES, read_weight_file
 from distributed_at.errors import CheckpointError, ConfigError, did_you_mean, first_line
 
 _BUFFER_ENDINGS = ("running_mean", "running_var", "num_batches_tracked")
-_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 def checkpoint_folders(path: Path | str) -> list[Path]:
@@ -119,7 +120,7 @@ def read_weights(path: Path | str, *, weights: str = "model") -> dict[str, torch
     if weights not in ("model", "ema"):
         raise ConfigError(f"weights is {weights!r}; allowed: model, ema.{did_you_mean(weights, ('model', 'ema'))}")
     if path.is_file():
-        return _read_plain(path)
+        return read_weight_file(path).state
     tensors, _ = read_checkpoint(path)
     state = {n.removeprefix(BUFFER): t for n, t in tensors.items() if n.startswith(BUFFER)}
     if weights == "ema" and not any(n.startswith(EMA) for n in tensors):
@@ -128,27 +129,6 @@ def read_weights(path: Path | str, *, weights: str = "model") -> dict[str, torch
     if weights == "ema":
         state.update({n.removeprefix(EMA): t for n, t in tensors.items() if n.startswith(EMA)})
     return state
-
-
-def _read_plain(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix not in _SUFFIXES:
-        raise ConfigError(f"{path}: weights files end in {', '.join(_SUFFIXES)}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        found = load_without_code(path)
-    except BadCheckpoint as bad:
-        raise CheckpointError(f"cannot read weights {path}: {bad}") from None
-    except Exception as error:  # whatever a stranger's file raises
-        raise CheckpointError(f"cannot read weights {path}: {first_line(error)}") from None
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(v, torch.Tensor) for v in found.values()):
-        raise CheckpointError(f"{path} does not hold a state dict of tensors")
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
 def checkpoint_diff(first: Path | str, second: Path | str) -> list[dict[str, Any]]:
@@ -174,22 +154,23 @@ def checkpoint_convert(
 ) -> Path:
     """Convert between forms and return what was written.
 
-    ``target`` ending in .pt or .safetensors: a plain state dict from a run, checkpoint or weights file. Any other
+    ``target`` ending in .pt or .safetensors: a plain state dict from a run, checkpoint or weights file, with what ``about``
+    says of it (in .pt beside it, under its own key). Any other
     ``target``: a folder that gets a checkpoint, from weights, or from a DeepSpeed ZeRO 1/2 checkpoint folder, which is
     a pickle and opened only with ``allow_pickle``. ``average``: the averaged weights instead of the last ones.
     """
     source, target = Path(source), Path(target)
     weights = "ema" if average else "model"
-    if target.suffix in _SUFFIXES:
+    if target.suffix in SUFFIXES:
         state = {n: t.contiguous() for n, t in read_weights(source, weights=weights).items()}
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.tmp")
         if target.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            save_file(state, beside)
+            save_file(state, beside, metadata={"format": "pt", ABOUT: json.dumps(about(source, average=average))})
         else:
-            torch.save(state, beside)
+            torch.save({"state_dict": state, ABOUT: about(source, average=average)}, beside)
         beside.replace(target)
         return target
     native = sorted(source.glob("*zero_pp_rank_*_optim_states.pt")) if source.is_dir() else []
@@ -207,6 +188,34 @@ def checkpoint_convert(
     if result is None or not result.ok:
         raise CheckpointError(f"cannot write {target}: {'; '.join(result.failures) if result else ''}")
     return result.path
+
+
+def about(source: Path, *, average: bool) -> dict[str, Any]:
+    """Return what weights need to mean something elsewhere: network, pixels, classes, and where they come from."""
+    if source.is_file():
+        return dict(read_weight_file(source).about)
+    (folder, *_) = [*checkpoint_folders(source), source]
+    try:
+        metadata = files.read_manifest(folder).metadata
+    except BadCheckpoint:  # told by what reads its tensors
+        metadata = {}
+    root = next((place for place in (source, *source.parents[:2]) if (place / "recipe.yaml").is_file()), None)
+    recipe = {} if root is None else yaml.safe_load((root / "recipe.yaml").read_text(encoding="utf-8"))
+    model, data = recipe.get("model") or {}, recipe.get("data") or {}
+    told = {
+        "run": recipe.get("name"),
+        "checkpoint": folder.name,
+        "weights": "averaged" if average else "last",
+        "model": model,
+        "pixel_mean": model.get("pixel_mean"),
+        "pixel_std": model.get("pixel_std"),
+        "dataset": data.get("dataset"),
+        "num_classes": metadata.get("num_classes"),
+        "image_size": metadata.get("image_size"),
+        "class_names": metadata.get("class_names"),
+        "step": metadata.get("step"),
+    }
+    return {key: value for key, value in told.items() if value is not None}
 
 
 def _named(name: str) -> str:

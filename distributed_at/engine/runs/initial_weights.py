@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import nn
 
 from distributed_at.catalogue.networks import library_of
-from distributed_at.config import RunConfig
+from distributed_at.config import ModelConfig, RunConfig
 from distributed_at.data.identity import classes_differ
 from distributed_at.engine.checkpoint import files
 from distributed_at.engine.checkpoint.retention import read_best
 from distributed_at.engine.checkpoint.tools import read_weights
+from distributed_at.engine.checkpoint.weight_files import naming_hint, read_weight_file
 from distributed_at.engine.processes.world import World
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.errors import BadCheckpoint, CheckpointError, ConfigError, UserError
@@ -50,8 +51,17 @@ def check_initial_weights(config: RunConfig) -> None:
         raise ConfigError(f"train.init_from: there is no {source}: give a run folder, a checkpoint or a weights file")
 
 
-def read_initial_weights(source: str, *, field: str = "train.init_from") -> dict[str, torch.Tensor]:
+def read_initial_weights(
+    source: str,
+    *,
+    field: str = "train.init_from",
+    model: ModelConfig | None = None,
+    own: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Return the state dict of ``train.init_from`` (or of another ``field``) in host memory.
+
+    ``model``: its pixel normalisation must be the one that came with a file's weights. ``own``: the network's state dict,
+    by whose names the form of a wrapped file's is chosen.
 
     A run gives what its evaluation would take: the checkpoint that ``train.select`` prefers, the averaged weights
     where the run keeps them. A checkpoint folder gives its weights, a file (.safetensors, .pt, .pth) its state dict.
@@ -65,6 +75,11 @@ def read_initial_weights(source: str, *, field: str = "train.init_from") -> dict
         held = RunFolder(path).load_config()
         best = read_best(path / "checkpoints") if held.train.select == "best_validation" else None
         state = read_weights(best or path, weights="ema" if held.train.ema is not None else "model")
+    elif path.is_file():
+        file = read_weight_file(path)
+        if model is not None:
+            file.check_normaliser(model.pixel_mean, model.pixel_std, source=f"{field} {source}")
+        state = file.state if own is None else file.fitting(own)
     else:
         state = read_weights(path)
     for name, tensor in state.items():
@@ -85,7 +100,8 @@ def apply_initial_weights(module: nn.Module, state: Mapping[str, torch.Tensor], 
         load_torchvision_state_dict(module, state)
     except ConfigError as error:
         raise ConfigError(
-            f"train.init_from {source}: {error}. Is model (and data.num_classes) that of {source}?"
+            f"train.init_from {source}: {error}.{naming_hint(state, module.state_dict())} "
+            f"Is model (and data.num_classes) that of {source}?"
         ) from None
 
 
@@ -107,7 +123,9 @@ def begin_from(
         check_initial_weights(config)
         if source is not None:
             _check_classes(source, class_names)
-            apply_initial_weights(module, read_initial_weights(source), source)
+            apply_initial_weights(
+                module, read_initial_weights(source, model=config.model, own=module.state_dict()), source
+            )
             return {"source": source}
         assert pretrained is not None
         return {"source": pretrained, "dropped": apply_pretrained(module, config)}
@@ -144,7 +162,9 @@ def apply_pretrained(module: nn.Module, config: RunConfig) -> list[str]:
     """
     source = str(config.model.pretrained)
     if Path(source).expanduser().exists():
-        state: Mapping[str, torch.Tensor] = read_initial_weights(source, field="model.pretrained")
+        state: Mapping[str, torch.Tensor] = read_initial_weights(
+            source, field="model.pretrained", model=config.model, own=module.state_dict()
+        )
     elif library_of(config.model.arch) is not None:
         state = published_weights(config.model, image_size=config.data.image_size)
     else:
@@ -153,7 +173,7 @@ def apply_pretrained(module: nn.Module, config: RunConfig) -> list[str]:
     try:
         load_torchvision_state_dict(module, fitted)
     except ConfigError as error:
-        raise ConfigError(f"model.pretrained {source}: {error}") from None
+        raise ConfigError(f"model.pretrained {source}: {error}.{naming_hint(fitted, module.state_dict())}") from None
     return dropped
 
 
@@ -164,7 +184,7 @@ def read_into(module: nn.Module, source: str, world: World, folder: RunFolder) -
     """
 
     def apply() -> dict[str, Any]:
-        apply_initial_weights(module, read_initial_weights(source), source)
+        apply_initial_weights(module, read_initial_weights(source, own=module.state_dict()), source)
         return {"source": source}
 
     return _read_once(module, world, folder, apply)
