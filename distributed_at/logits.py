@@ -55,13 +55,19 @@ def predicted_classes(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(logits).all(dim=1), logits.argmax(dim=1), NO_CLASS)
 
 
-def check_labels(labels: torch.Tensor, num_classes: int, *, name: str = "label") -> None:
+def check_labels(labels: torch.Tensor, num_classes: int | None, *, name: str = "label") -> None:
     """Refuse labels (N,), or what ``name`` calls them, outside [0, num_classes); looks at them on the host.
+
+    ``num_classes``: None where it is not known yet: then those below 0 alone are refused.
 
     Raises:
         DataError: names the first one and its place. -100, which losses of torch ignore, would switch an attack off.
     """
-    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
-    if len(wrong):
-        place = int(wrong[0, 0])
-        raise DataError(f"{name} {int(labels[place])} of image {place} of the batch is outside 0 to {num_classes - 1}")
+    wrong = labels < 0
+    if num_classes is not None:
+        wrong |= labels >= num_classes
+    places = wrong.nonzero()
+    if len(places):
+        place = int(places[0, 0])
+        allowed = "below 0" if num_classes is None else f"outside 0 to {num_classes - 1}"
+        raise DataError(f"{name} {int(labels[place])} of image {place} of the batch is {allowed}")

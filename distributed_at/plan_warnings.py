@@ -20,7 +20,7 @@ _SMALL_MICRO_BATCH = 24
 
 @dataclass(frozen=True)
 class PlanWarning:
-    """A stable code for scripts and a sentence for people; a 'note' says that something was checked and is well."""
+    """A stable code for scripts and a sentence for people; a 'note' says that something was checked and is well, or what it comes to."""
 
     code: str
     message: str
@@ -40,7 +40,8 @@ def plan_warnings(config: RunConfig, batch: BatchPlan, *, num_train: int, has_ba
         *_selection(config),
     ]
     warnings = [PlanWarning(code, message) for code, message in [*found, *_evaluation(config)]]
-    return [*warnings, *_certificates(config)]
+    notes = OBJECTIVES[config.objective.name].notes(config.objective, batch.group_size)
+    return [*warnings, *_certificates(config), *(PlanWarning("objective", text, "note") for text in notes)]
 
 
 def _sixteen_bit_attacks(config: RunConfig) -> list[tuple[str, AttackConfig]]:

@@ -152,7 +152,7 @@ def training_rows(folder: Path) -> list[dict[str, Any]]:
 def noting(note: Callable[[Record], None]) -> Iterator[None]:
     """Call ``note`` with each training sample's id, view, start and target as the attack gets them."""
     targets: list[int] = []
-    start, goal = Threat.random_start, PGD._goal
+    start, goal = Threat.random_start, PGD.goal
 
     def noting_goal(self: PGD, *args: Any, **kwargs: Any) -> Any:
         found = goal(self, *args, **kwargs)
@@ -166,7 +166,7 @@ def noting(note: Callable[[Record], None]) -> Iterator[None]:
                 note((epoch, sample, _crc(x[i]), _crc(adv[i]), targets[i]))
         return adv
 
-    with mock.patch.object(Threat, "random_start", noting_start), mock.patch.object(PGD, "_goal", noting_goal):
+    with mock.patch.object(Threat, "random_start", noting_start), mock.patch.object(PGD, "goal", noting_goal):
         yield
 
 

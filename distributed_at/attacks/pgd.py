@@ -334,7 +334,10 @@ class PGD:
             goal = self.goal(
                 model, x, y, sample_ids=ids, epoch=epoch, seed=seed, targets=targets, soft_labels=soft_labels
             )
-            self._check_classes(model, x, y, targets)
+            classes = self.num_classes
+            if classes is None and self.check_input and x.is_cuda and len(x):
+                classes = int(checked_logits(model(x[:1]), x[:1]).shape[1])  # a device would fail without a word
+            self._check_classes(x, y, targets, classes)
             bounds = self.threat.bounds(x, eps=eps)
             iterate = iteration if iteration is not None else self.iteration(model)
             best: AttackResult | None = None
@@ -353,7 +356,7 @@ class PGD:
                     eps=eps,
                     fused=self.fused,
                 )
-                adv, seen = self._descend(iterate, adv, bounds, goal, set(checkpoints))
+                adv, seen = self._descend(model, iterate, adv, bounds, goal, set(checkpoints))
                 if not judge:
                     if self.final_forward:
                         model(adv)
@@ -364,7 +367,7 @@ class PGD:
         return best
 
     def _descend(
-        self, iterate: Iteration, adv: torch.Tensor, bounds: Bounds, goal: Goal, record: set[int]
+        self, model: Model, iterate: Iteration, adv: torch.Tensor, bounds: Bounds, goal: Goal, record: set[int]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Make the steps; return the last iterate and the logits at the recorded numbers of steps."""
         rule, ball = self._rule(), self.threat.ball
@@ -379,7 +382,10 @@ class PGD:
                 length *= factors[done]
                 step_size = torch.full((), length, dtype=adv.dtype, device=adv.device)
             # not the images themselves, but the gradient, where the rule keeps a state
-            moved, logits = iterate(adv, step_size, bounds, goal)
+            if done:
+                moved, logits = iterate(adv, step_size, bounds, goal)
+            else:
+                moved, logits = self._first_iterate(model, iterate, adv, step_size, bounds, goal)
             if rule is not None:
                 grad = moved if self.loss_scale == 1.0 else moved / self.loss_scale
                 moved, state = rule.step(adv, grad, state, step_size=length, bounds=bounds, ball=ball)
@@ -422,25 +428,35 @@ class PGD:
             trajectory=trajectory,
         )
 
-    def _check_classes(self, model: Model, x: torch.Tensor, y: torch.Tensor, targets: torch.Tensor | None) -> None:
-        """Refuse labels and targets that the network has no logit for: some losses ignore them, others end in an index error.
+    def _check_classes(
+        self, x: torch.Tensor, y: torch.Tensor, targets: torch.Tensor | None, classes: int | None
+    ) -> None:
+        """Refuse labels and targets that the network has no logit for; some losses would ignore them.
 
-        Where nobody said how many classes there are, one image is looked at. Off where inputs are not checked.
+        ``classes``: None where nobody said how many there are: then what is below 0 is refused. Off where inputs are not
+        checked.
         """
-        if not self.check_input or x.is_meta or not len(x):
-            return
-        classes = self.num_classes
-        if classes is None:
-            if min(int(y.min()), 0 if targets is None else int(targets.min())) >= 0 and self._largest(y, targets) < 2:
-                return  # every network has two classes
-            classes = int(checked_logits(model(x[:1]), x[:1]).shape[1])
-        for name, value in (("label", y), ("target", targets)):
-            if value is not None:
-                check_labels(value, classes, name=name)
+        if self.check_input and not x.is_meta:
+            for name, value in (("label", y), ("target", targets)):
+                if value is not None:
+                    check_labels(value, classes, name=name)
 
-    @staticmethod
-    def _largest(y: torch.Tensor, targets: torch.Tensor | None) -> int:
-        return max(int(y.max()), 0 if targets is None else int(targets.max()))
+    def _first_iterate(
+        self, model: Model, iterate: Iteration, adv: torch.Tensor, step_size: torch.Tensor, bounds: Bounds, goal: Goal
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the first iteration, which says how many classes there are."""
+        try:
+            moved, logits = iterate(adv, step_size, bounds, goal)
+        except (IndexError, RuntimeError):
+            # what torch says of a label without a logit; one image tells whether it was that
+            if self.check_input and self.num_classes is None and not adv.is_meta and len(adv):
+                with torch.no_grad():
+                    classes = checked_logits(model(adv[:1]), adv[:1]).shape[1]
+                self._check_classes(adv, goal.labels, goal.targets, int(classes))
+            raise
+        if self.num_classes is None:
+            self._check_classes(adv, goal.labels, goal.targets, int(logits.shape[1]))
+        return moved, logits
 
     @property
     def _loss_entry(self) -> AttackLoss:

@@ -104,6 +104,7 @@ def _figure6(record: RunRecord, args: argparse.Namespace) -> Drawn:
     from distributed_at.data.sources import open_split
     from distributed_at.engine.runs.folder import RunFolder
     from distributed_at.engine.runs.weights import open_network
+    from distributed_at.engine.twin.twin import Twin
     from distributed_at.evaluation.layer_statistics import batch_statistics, choose_layer, norm_layer_names
     from distributed_at.observe.figures import LayerStatistics, batch_and_running, sample_channels
     from distributed_at.rng import EVALUATION_EPOCH
@@ -119,12 +120,15 @@ def _figure6(record: RunRecord, args: argparse.Namespace) -> Drawn:
         layer = choose_layer(norm_layer_names(network.state_dict()), args.layer)
         order = StepOrder(source.num_samples, group, seed=config.seed, drop_last=True, sample_ids=source.sample_ids)
         attack = PGD.from_config(config.attack, num_classes=source.num_classes)
+        # in the recipe's own mode; statistics that it would move stay as they are
+        mode = "batch" if config.attack.bn_mode == "train" else config.attack.bn_mode
+        attacked = Twin(network, bn_mode=mode, branch=config.attack.branch)
         found = []
         for number in range(args.batches):
             ids = order.ids(0, number)
             images, labels = source.read(ids, epoch=0, train=True, seed=config.seed)
             adv = attack.perturb(
-                network,
+                attacked,
                 images.float() / 255,
                 labels,
                 sample_ids=torch.from_numpy(ids),

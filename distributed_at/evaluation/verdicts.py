@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from distributed_at.catalogue.attacks import BALLS
 from distributed_at.evaluation.kinds.autoattack import AutoAttackProtocol
 from distributed_at.evaluation.kinds.pgd import PgdProtocol
 from distributed_at.evaluation.result import EvaluationResult
@@ -236,13 +237,13 @@ def attacks_disagree(first: EvaluationResult, second: EvaluationResult, *, gap: 
 
 
 def breaks_nothing(result: EvaluationResult, *, radius: float = 8.0, least: int = 5) -> Verdict | None:
-    """Suspect an attack that leaves every image right at a radius where no known network is (linf, ``radius``/255 on).
+    """Suspect an attack that leaves every image right at a radius where no known network is: ``radius``/255 of each pixel.
 
     ``least``: images that are right before the attack, below which nothing is said.
     """
     ball, steps = result.protocol.ball, getattr(result.protocol, "num_steps", 1)
     clean = result.clean_correct
-    if ball is None or ball[0] != "linf" or ball[1] < radius or not steps or clean < least:
+    if ball is None or not BALLS[ball[0]].per_pixel or ball[1] < radius or not steps or clean < least:
         return None
     if result.correct < clean:
         return None

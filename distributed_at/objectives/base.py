@@ -206,6 +206,11 @@ class Objective:
         return None
 
     @classmethod
+    def notes(cls, config: Any, group_size: int) -> tuple[str, ...]:
+        """Return what ``plan`` should say of this section where BN groups hold so many images, a sentence each."""
+        return ()
+
+    @classmethod
     def extras(cls, config: Any) -> tuple[str, ...]:
         """Return short names of what this section adds to the plain objective, for legends."""
         return ()

@@ -85,6 +85,16 @@ class Mixture(Objective):
         return config.clean_ratio
 
     @classmethod
+    def notes(cls, config: Config, group_size: int) -> tuple[str, ...]:
+        kept = kept_count(group_size, config.clean_ratio)
+        if kept == config.clean_ratio * group_size:
+            return ()
+        return (
+            f"of each group of {group_size} images {kept} clean ones are kept: a share of {kept / group_size:.2%} for "
+            f"objective.clean_ratio {config.clean_ratio:g}, as in Xie & Yuille's code",
+        )
+
+    @classmethod
     def extras(cls, config: Config) -> tuple[str, ...]:
         return ("ALP",) if config.logit_pairing > 0 else ()
 

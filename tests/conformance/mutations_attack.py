@@ -294,8 +294,8 @@ MUTATIONS = [
         "length = self.effective_step_size * factors[done]", "steps_follow_their_schedule",
     ),
     Mutation(
-        "early stop counts in a row", PGD, "wrong += logits.argmax(dim=1) != goal.labels",
-        "wrong = (wrong + 1) * (logits.argmax(dim=1) != goal.labels)", "early_stop_counts_each_image_s_mistakes",
+        "early stop counts in a row", PGD, "wrong += predicted_classes(logits) != goal.labels",
+        "wrong = (wrong + 1) * (predicted_classes(logits) != goal.labels)", "early_stop_counts_each_image_s_mistakes",
     ),
     Mutation(
         "early stop one forward late", PGD, "moving = (wrong < self.early_stop)", "moving = (wrong <= self.early_stop)",

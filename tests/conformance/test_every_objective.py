@@ -59,5 +59,5 @@ def test_nothing_outside_its_file_knows_an_objective_by_name() -> None:
     for path in PACKAGE.rglob("*.py"):
         text, place = path.read_text(encoding="utf-8"), path.relative_to(PACKAGE).as_posix()
         assert not names_compared(text, "objective"), f"{place} compares objective.name"
-        if not place.startswith("objectives/"):
+        if not place.startswith("objectives/") and place != "catalogue/objectives.py":
             assert not [word for word in words if word in text], f"{place} knows an objective by name"

@@ -182,8 +182,8 @@ def test_every_kind_of_damage_in_one_batch(backend, tmp_path):
     (tmp_path / "train" / "n01" / "odd gone.JPEG").write_bytes(GOOD)
     (tmp_path / "train" / "n01" / "odd changed.JPEG").write_bytes(GOOD)
     build_index(tmp_path / "train")
-    (tmp_path / "train" / "n01" / "odd changed.JPEG").write_bytes(GOOD + b"more")
     with _open(tmp_path, backend, "train") as source:
+        (tmp_path / "train" / "n01" / "odd changed.JPEG").write_bytes(GOOD + b"more")
         (tmp_path / "train" / "n01" / "odd gone.JPEG").unlink()
         source.read(source.sample_ids, epoch=0, train=True)
         found = sorted(source.damaged.values())

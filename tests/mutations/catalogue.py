@@ -11,6 +11,7 @@ from tests.mutations import (
     engine_state,
     evaluation,
     evaluation_attacks,
+    meaning,
     models,
     networks,
     objectives,
@@ -35,6 +36,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *data.MUTATIONS,
     *observe.MUTATIONS,
     *objectives.MUTATIONS,
+    *meaning.MUTATIONS,
     *whole_runs.MUTATIONS,
     *words.MUTATIONS,
 )

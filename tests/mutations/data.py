@@ -358,8 +358,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "images of other classes than a network learned are measured",
         "engine/runs/evaluate_run.py",
-        "        saved.check_classes(source.class_names)\n",
-        "",
+        "fitting, other = saved.fitting(source), saved.other_data(source)",
+        "fitting, other = source, saved.other_data(source)",
         _ANY + "test_evaluation_needs_the_test_images_alone_and_their_classes_to_be_the_ones_learned",
     ),
     Mutation(

@@ -213,8 +213,8 @@ NUMBERS = (
     Mutation(
         "examples show the clean prediction twice",
         "evaluation/examples.py",
-        "adv_predictions = network(adv)",
-        "adv_predictions = network(x)",
+        "adv_predictions = predicted_classes(network(adv))",
+        "adv_predictions = predicted_classes(network(x))",
         _WEIGHTS + "test_examples_are_of_the_network_that_was_evaluated_and_lie_in_ball_and_box",
     ),
 )

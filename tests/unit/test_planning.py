@@ -183,3 +183,20 @@ def test_every_recipe_passes_plan_at_its_full_world_size(ref):
     found = make_plan(config, world_size=max(1, config.train.batch_size // 32), gpu="h200", statistics=R152)
     assert found.num_steps > 0
     assert found.flops > 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "told"), [(0.2, "6 clean ones are kept: a share of 18.75%"), (0.5, None), (1.0, None)]
+)
+def test_plan_says_what_a_share_comes_to_in_whole_images(ratio: float, told: str | None) -> None:
+    words = [
+        "objective.name=mixture",
+        f"objective.clean_ratio={ratio}",
+        "train.bn_group_size=32",
+        "train.batch_size=32",
+    ]
+    found = make_plan(load_recipe("digits/adversarial", words).config)
+    notes = [w.message for w in found.warnings if w.code == "objective"]
+    assert (told is None) == (not notes)
+    assert told is None or f"of each group of 32 images {told} for objective.clean_ratio 0.2" in notes[0]
+    assert all(w.level == "note" for w in found.warnings if w.code == "objective")
