@@ -62,6 +62,7 @@ def test_the_parts_of_a_step_add_up_to_its_wall_time(folder):
         assert sum(row["seconds"].values()) == pytest.approx(row["wall_seconds"], rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_same_command_on_a_finished_run_changes_nothing(folder):
     before = sorted(p.name for p in (folder / "runs" / "robust" / "checkpoints").iterdir())
     succeeded("train", "digits/adversarial.yaml", "--workers", "2", "name=robust", *SHORT, cwd=folder)
@@ -82,11 +83,7 @@ def test_eval_counts_every_test_image_once_and_report_shows_its_numbers(folder):
     by_name = {row["protocol"]: row for row in rows if row["split"] == "test"}
     assert by_name["clean"]["total"] == by_name["pgd20"]["total"] == 360
     assert by_name["pgd20"]["correct"] < by_name["clean"]["correct"]
-    alone = json.loads(succeeded("eval", "robust", "--workers", "1", "--only", "clean,pgd20", "--json", cwd=folder))
-    assert [(r["protocol"], r["correct"], r["hash"]) for r in alone["rows"]] == [
-        (r["protocol"], r["correct"], r["hash"]) for r in rows
-    ]
-    succeeded("report", "robust", cwd=folder)
+    assert main(["report", str(folder / "runs" / "robust")]) == 0
     page = (folder / "runs" / "robust" / "report.html").read_text()
     assert f"{100 * by_name['pgd20']['accuracy']:.2f}" in page
 

@@ -49,7 +49,7 @@ def test_keys_of_the_environment_are_in_no_file_and_no_line_after_a_crash_and_af
     log = tmp_path / "work" / "runs" / "kept" / "log"
     for name in ("failure-rank0.txt", "failure-rank1.txt", "rank0001.txt"):
         assert "PUT refused: [redacted]" in (log / name).read_text(), name
-    finished = command(tmp_path, *train, "--workers", "2")
+    finished = command(tmp_path, *train, "--workers", "1")
     assert finished.returncode == 0, finished.stderr
     told = command(tmp_path, "report", "kept")
     assert told.returncode == 0, told.stderr
