@@ -82,6 +82,7 @@ def stopped_and_resumed(command: list[str], folder: Path, undisturbed: Path, sto
     return code
 
 
+@pytest.mark.slow
 def test_term_to_the_launcher_saves_and_the_same_command_ends_as_if_undisturbed(undisturbed, tmp_path):
     code = stopped_and_resumed(LAUNCHER, tmp_path / "run", undisturbed, lambda p: p.send_signal(signal.SIGTERM))
     assert code == EXIT_REQUEUE
