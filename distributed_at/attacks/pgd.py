@@ -411,11 +411,11 @@ class PGD:
             goal = goal._replace(reference=torch.log_softmax(clean_logits(model, goal.clean), dim=1))
         trajectory = None
         if checkpoints:
-            along = [at_least_float32(seen.get(c, logits)) for c in checkpoints]
+            at_checkpoints = [at_least_float32(seen.get(c, logits)) for c in checkpoints]
             trajectory = Trajectory(
                 checkpoints=checkpoints,
-                correct=torch.stack([predicted_classes(z) == goal.labels for z in along]),
-                loss=torch.stack([self.objective(z, goal) for z in along]),
+                correct=torch.stack([predicted_classes(z) == goal.labels for z in at_checkpoints]),
+                loss=torch.stack([self.objective(z, goal) for z in at_checkpoints]),
             )
         predictions = predicted_classes(logits)
         return AttackResult(

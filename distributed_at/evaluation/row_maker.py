@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from distributed_at.errors import DataError
+from distributed_at.evaluation.attacked import AttackedSamples
 from distributed_at.evaluation.isolation import Model
 from distributed_at.evaluation.kinds import KINDS
-from distributed_at.evaluation.outcome import Outcome
 from distributed_at.evaluation.protocol import Protocol
 from distributed_at.evaluation.rows import CLEAN, SURVIVED, Rows
 from distributed_at.evaluation.source import Source
@@ -79,7 +79,7 @@ class RowMaker:
         chosen = torch.arange(len(y), device=self.device)
         if protocol.scope == "clean_correct":
             chosen = chosen[correct_clean]
-        on_the_way = {count: Outcome.unbroken(y[chosen]) for count in self.counts}
+        on_the_way = {count: AttackedSamples.unbroken(y[chosen]) for count in self.counts}
         outcome = KINDS[protocol.kind].attack(
             self.forward,
             x[chosen],
@@ -90,7 +90,7 @@ class RowMaker:
             on_the_way=on_the_way,
         )
 
-        def rows_of(outcome: Outcome | None) -> Rows:
+        def rows_of(outcome: AttackedSamples | None) -> Rows:
             return self._judged(ids, y, clean, correct_clean, loss, chosen, outcome)
 
         return rows_of(outcome), {count: rows_of(fewer) for count, fewer in on_the_way.items()}
@@ -103,7 +103,7 @@ class RowMaker:
         correct_clean: torch.Tensor,
         clean_loss: torch.Tensor,
         chosen: torch.Tensor,
-        outcome: Outcome | None,
+        outcome: AttackedSamples | None,
     ) -> Rows:
         """Return the rows of one outcome over the samples at ``chosen``; None = no attack."""
         protocol = self.protocol

@@ -51,7 +51,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "engine/progress.py": (*_unit("progress"), _CONFORMANCE),
     "engine/schedules.py": _unit("schedules"),
     "evaluation/kinds/autoattack.py": (*_unit("evaluation_plain", "evaluation_protocol"), *_AUTOATTACK),
-    "evaluation/outcome.py": _unit("evaluation_plain", "evaluation_runner"),
+    "evaluation/attacked.py": _unit("evaluation_plain", "evaluation_runner"),
     "evaluation/kinds/pgd.py": _unit(
         "evaluation_plain", "evaluation_runner", "evaluation_step_counts", "evaluation_protocol", "report_numbers"
     ),

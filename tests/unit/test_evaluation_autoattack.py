@@ -15,8 +15,8 @@ import torch
 
 from distributed_at.config import AttackConfig, evaluation_entry
 from distributed_at.evaluation import build_protocol, evaluation_ids, weights_hash
+from distributed_at.evaluation.attacked import ThreatViolationError, inside_ball, perturbation_size
 from distributed_at.evaluation.kinds import autoattack
-from distributed_at.evaluation.outcome import ThreatViolationError, inside_ball, perturbation_size
 from distributed_at.evaluation.rows import COLUMNS
 from tests.evaluation_kit import measure, source, trained
 
@@ -95,7 +95,7 @@ def test_every_adversarial_image_lies_in_ball_and_box_and_fools(model) -> None:
             seen.append((out, clean))
             return out
 
-        with mock.patch("distributed_at.evaluation.outcome.inside_ball", watch):
+        with mock.patch("distributed_at.evaluation.attacked.inside_ball", watch):
             outcome = autoattack.run_autoattack(
                 network, x[right], y[right], chunk_ids=data.sample_ids, protocol=protocol
             )

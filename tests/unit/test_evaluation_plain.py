@@ -11,9 +11,9 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
 from distributed_at.config import AttackConfig, evaluation_entry
 from distributed_at.evaluation import build_protocol
+from distributed_at.evaluation.attacked import AttackedSamples, ThreatViolationError, inside_ball, perturbation_size
 from distributed_at.evaluation.kinds import autoattack
 from distributed_at.evaluation.kinds.pgd import build_attack, run_pgd
-from distributed_at.evaluation.outcome import Outcome, ThreatViolationError, inside_ball, perturbation_size
 from distributed_at.evaluation.protocol import effective_dtype
 
 CPU = torch.device("cpu")
@@ -143,7 +143,7 @@ def logits_for(*classes):
 
 def test_an_outcome_keeps_what_broke_a_sample_first_and_the_highest_loss_where_nothing_did():
     y = torch.tensor([0, 1, 2, 3])
-    outcome = Outcome.unbroken(y)
+    outcome = AttackedSamples.unbroken(y)
     assert outcome.loss.tolist() == [-float("inf")] * 4
     everyone = torch.arange(4)
     outcome.record(everyone, logits_for(0, 3, 2, 3), torch.tensor([0.5, 2.0, 0.4, 0.3]), y, 0)
@@ -161,7 +161,7 @@ def test_an_outcome_keeps_what_broke_a_sample_first_and_the_highest_loss_where_n
 
 def test_an_outcome_of_some_samples_touches_those_alone_and_a_hit_stays_a_hit():
     y = torch.tensor([0, 1, 2])
-    outcome = Outcome.unbroken(y)
+    outcome = AttackedSamples.unbroken(y)
     some = torch.tensor([2, 0])
     outcome.record(some, logits_for(1, 0), torch.tensor([3.0, 1.0]), y[some], 4, targets=torch.tensor([1, 3]))
     assert outcome.broken.tolist() == [False, False, True]

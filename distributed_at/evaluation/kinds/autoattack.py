@@ -26,8 +26,8 @@ from distributed_at.lazy import F, torch
 
 if TYPE_CHECKING:
     from distributed_at.config import AttackConfig
+    from distributed_at.evaluation.attacked import AttackedSamples
     from distributed_at.evaluation.kinds.base import Forward
-    from distributed_at.evaluation.outcome import Outcome
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 # Samples that AutoAttack treats together. Its random numbers depend on the samples beside one another, so the chunk
@@ -128,8 +128,8 @@ class AutoAttack(EvaluationKind):
         ids: torch.Tensor,
         piece: np.ndarray,
         protocol: AutoAttackProtocol,
-        on_the_way: dict[int, Outcome],
-    ) -> Outcome:
+        on_the_way: dict[int, AttackedSamples],
+    ) -> AttackedSamples:
         return run_autoattack(forward, x, y, chunk_ids=piece, protocol=protocol)
 
 
@@ -224,7 +224,7 @@ def _run_one(tools: Any, name: str, x: torch.Tensor, y: torch.Tensor, restarts: 
 
 def run_autoattack(
     forward: Forward, x: torch.Tensor, y: torch.Tensor, *, chunk_ids: np.ndarray, protocol: AutoAttackProtocol
-) -> Outcome:
+) -> AttackedSamples:
     """Attack one chunk's correctly classified samples with the whole ensemble, each attack on what is left.
 
     Args:
@@ -236,12 +236,12 @@ def run_autoattack(
     Raises:
         ValueError: where the input is not inside [0, 1] (AutoAttack would leave the ball without a word).
     """
+    from distributed_at.evaluation.attacked import AttackedSamples, inside_ball
     from distributed_at.evaluation.isolation import isolated_generators
-    from distributed_at.evaluation.outcome import Outcome, inside_ball
 
     if x.numel() and (x.min() < 0 or x.max() > 1):
         raise ValueError(f"AutoAttack needs pixels in [0, 1], got [{x.min():g}, {x.max():g}]")
-    outcome = Outcome.unbroken(y)
+    outcome = AttackedSamples.unbroken(y)
     if not len(y):
         return outcome
     seed = chunk_seed(protocol.seed, chunk_ids)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from distributed_at.config import AttackConfig
-    from distributed_at.evaluation.outcome import Outcome
+    from distributed_at.evaluation.attacked import AttackedSamples
 
     Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -97,8 +97,8 @@ class EvaluationKind:
         ids: torch.Tensor,
         piece: np.ndarray,
         protocol: Any,
-        on_the_way: dict[int, Outcome],
-    ) -> Outcome | None:
+        on_the_way: dict[int, AttackedSamples],
+    ) -> AttackedSamples | None:
         """Attack samples; None where the kind makes no attack.
 
         Args:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from distributed_at.attacks.balls import Bounds
     from distributed_at.attacks.iteration import Iteration
     from distributed_at.attacks.losses import Goal
+    from distributed_at.evaluation.attacked import AttackedSamples
     from distributed_at.evaluation.kinds.base import Forward
-    from distributed_at.evaluation.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +154,8 @@ class Pgd(EvaluationKind):
         ids: torch.Tensor,
         piece: np.ndarray,
         protocol: PgdProtocol,
-        on_the_way: dict[int, Outcome],
-    ) -> Outcome:
+        on_the_way: dict[int, AttackedSamples],
+    ) -> AttackedSamples:
         return run_pgd(forward, x, y, ids=ids, protocol=protocol, on_the_way=on_the_way)
 
 
@@ -209,8 +209,8 @@ def run_pgd(
     *,
     ids: torch.Tensor,
     protocol: PgdProtocol,
-    on_the_way: dict[int, Outcome] | None = None,
-) -> Outcome:
+    on_the_way: dict[int, AttackedSamples] | None = None,
+) -> AttackedSamples:
     """Attack samples by PGD; restart r uses draw r and, for untargeted attacks, only samples that still stand.
 
     A targeted restart runs on every sample, because its success rate counts all of them. Per sample the verdict is
@@ -223,10 +223,10 @@ def run_pgd(
         ids: (N,) int64 sample ids, on the device of ``x``: what starts and targets are drawn from.
         on_the_way: keys are fewer numbers of steps, whose outcomes are filled in; needs one restart.
     """
-    from distributed_at.evaluation.outcome import Outcome, inside_ball
+    from distributed_at.evaluation.attacked import AttackedSamples, inside_ball
     from distributed_at.rng import EVALUATION_EPOCH
 
-    outcome = Outcome.unbroken(y)
+    outcome = AttackedSamples.unbroken(y)
     attack = build_attack(protocol)
     targeted = protocol.targeted
     fewer = {} if on_the_way is None else on_the_way

@@ -47,7 +47,7 @@ def inside_ball(adv: torch.Tensor, x: torch.Tensor, *, eps: float, norm: str) ->
 
 
 @dataclass
-class Outcome:
+class AttackedSamples:
     """State of N attacked samples; filled by ``record`` as attacks and restarts go on.
 
     Attributes:
@@ -66,7 +66,7 @@ class Outcome:
     target_hit: torch.Tensor
 
     @classmethod
-    def unbroken(cls, y: torch.Tensor) -> Outcome:
+    def unbroken(cls, y: torch.Tensor) -> AttackedSamples:
         """Return the outcome of no attack on correctly classified samples with labels ``y`` (N,)."""
         return cls(
             prediction=y.clone(),
