@@ -146,6 +146,11 @@ def test_classes_in_another_order_are_mapped_by_their_names(data: Path, tmp_path
 
     with mock.patch("distributed_at.engine.runs.evaluate_run.open_split", reversed_labels):
         (second,) = evaluate_run(run).results
+    with real(config(data).data, "test", seed=0) as source:
+        turned = Relabelled(source, tuple(reversed(source.class_names)))
+        ids = source.sample_ids
+        assert turned.read(ids, epoch=0, train=False)[1].tolist() == [3 - label for label in source.labels(ids)]
+        assert turned.labels(ids).tolist() == [3 - label for label in source.labels(ids)]
     assert second.protocol.hash != first.protocol.hash  # computed anew
     assert np.array_equal(second.rows.label, first.rows.label)
     assert second.correct == first.correct
