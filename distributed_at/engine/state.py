@@ -105,6 +105,8 @@ class TrainingState:
             "num_classes": num_classes_of(parts.config, parts.source),
             "image_size": parts.source.image_size,
             "class_names": list(parts.source.class_names),
+            "model": parts.config.model.model_dump(mode="json"),
+            "plugins": [plugin.model_dump(mode="json") for plugin in parts.config.plugins],
             **{name: owner.state_dict() for name, owner in self._owners.items()},
         }
 

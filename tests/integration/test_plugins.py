@@ -16,6 +16,7 @@ from distributed_at.catalogue.optimizers import OPTIMIZERS
 from distributed_at.catalogue.schedules import SCHEDULES
 from distributed_at.cli import main
 from distributed_at.config import RunConfig
+from distributed_at.engine.checkpoint.files import read_manifest
 from distributed_at.engine.runs.evaluate_run import evaluate_run
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.weights import open_network
@@ -194,6 +195,9 @@ def test_run_that_begins_from_another_has_its_plugins(tmp_path: Path) -> None:
         saved = open_network(RunFolder(first), config, "last").network.state_dict()
         assert all(same_bits(tensor, saved[name]) for name, tensor in begun.items())
         second = train(config, tmp_path / "second")
+        said = read_manifest(second / "checkpoints" / "step_00000016").metadata
+        assert [plugin["sha256"] for plugin in said["plugins"]] == [config.plugins[0].sha256]
+        assert (said["model"]["arch"], said["num_classes"], said["image_size"]) == ("mine", 10, 8)
         assert evaluate_run(second).results[0].total == 16
     finally:
         if "mine" in NETWORKS:
