@@ -63,7 +63,7 @@ class RunConfig(Strict):
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)  # it asks the kinds, which import this
     log: LogConfig = LogConfig()
 
     def _shorter_milestones(self) -> list[str]:

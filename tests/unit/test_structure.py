@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import distributed_at
 
@@ -59,3 +63,41 @@ def test_what_a_recipe_can_name_depends_on_no_room() -> None:
             top = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
             names = {node.module for node in top if node.module and node.module.startswith("distributed_at")}
             assert names <= {"distributed_at.registry", "distributed_at.errors", "distributed_at.user_code"}, module
+
+
+_ALONE = """
+import importlib, os, sys
+import numpy, pydantic, scipy.stats, torch, torch.distributed, torch.fx, torchvision  # each child begins with these
+for module in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module(module)
+        except BaseException as error:
+            print(f"{module}: {type(error).__name__}: {error}", flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def unimportable(modules: list[str]) -> str:
+    """Return what went wrong where each module is the first of the package that a process imports."""
+    told = subprocess.run([sys.executable, "-c", _ALONE, *modules], capture_output=True, text=True, check=True)
+    return told.stdout
+
+
+def is_a_door(module: str) -> bool:
+    """Whether a user's file begins with it: a room, or what a plug-in is made from."""
+    return MODULES[module].name == "__init__.py" or module.endswith(".base") or ".kinds." in module
+
+
+def test_doors_can_be_imported_first() -> None:
+    """No text shows it: a module may load another by its name while classes are being made."""
+    doors = sorted(filter(is_a_door, MODULES))
+    assert "distributed_at.evaluation.kinds.base" in doors
+    assert unimportable(doors) == ""
+
+
+@pytest.mark.slow
+def test_every_module_can_be_imported_first() -> None:
+    assert unimportable(sorted(module for module in MODULES if not module.endswith("__main__"))) == ""
