@@ -17,7 +17,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks of this machine"
 	@echo "make gpu       everything that needs a GPU, in one command"
-	@echo "make gpu-train RECIPE=... DATA=... MINUTES=9   train for some minutes, evaluate; again to go on"
+	@echo "make gpu-train RECIPE=... DATA=... MINUTES=9 SET=key=value   train for some minutes, evaluate; again to go on"
 
 $(STAMP): pyproject.toml setup.py
 	@echo "== installing distributed-at into $(VENV) (torch, DeepSpeed, DALI: about 6 GB; 2 to 5 minutes the first time)"
@@ -82,8 +82,8 @@ gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES)
 
 gpu-train:
-	@test -n "$(RECIPE)" || { echo "make gpu-train RECIPE=table.yaml#row DATA=folder [MINUTES=9]"; exit 2; }
-	$(GPU_PYTHON) -m benchmarks.gpu_train "$(RECIPE)" $(if $(DATA),--data "$(DATA)") --minutes $(MINUTES)
+	@test -n "$(RECIPE)" || { echo "make gpu-train RECIPE=table.yaml#row DATA=folder [MINUTES=9] [SET='key=value ...']"; exit 2; }
+	$(GPU_PYTHON) -m benchmarks.gpu_train "$(RECIPE)" $(SET) $(if $(DATA),--data "$(DATA)") --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

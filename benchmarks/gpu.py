@@ -338,6 +338,32 @@ def group_norm(session: Session) -> None:
             session.add("group norm resnet50 b64 bf16", f"{name} over bn", ratio, "x", predicted=predicted)
 
 
+def train_mode(session: Session) -> None:
+    """An attack whose forwards move running statistics, as the CIFAR recipes', launched one by one and as a graph."""
+    count, width = (4, 8) if session.tiny else (128, 64)
+    model = rungs.network("preact_resnet18", size=32, device=session.device, width=width)
+    x, y = rungs.batch(model, count, 32, session.device)
+    for dtype in ("fp32", "bf16"):
+        with tf32(dtype == "fp32"):
+            setting = rungs.Setting(model, x, y, dtype, session.device)
+            goal, bounds, step = _inputs(setting)
+            section = f"train-mode preactresnet18 b{count} {'tf32' if dtype == 'fp32' else dtype}"
+            for name in ("plain", "graphed") if session.device == "cuda" else ("plain",):
+                twin = Twin(model, bn_mode="train", dtype=dtype)
+                iteration = rungs.attack(1, dtype=dtype).iteration(twin)
+                if name == "graphed":
+                    iteration = StaticIteration(
+                        rungs.attack(1, dtype=dtype), twin, batch_size=count, use_compiler=False, use_graph=True
+                    )
+                with torch.no_grad():
+                    seconds = session.seconds(lambda i=iteration, b=bounds, g=goal, s=step: i(x, s, b, g), repeats=30)
+                note = f"fell back: {iteration.failed}"[:90] if getattr(iteration, "failed", "") else ""
+                predicted = {("plain", "fp32"): 15.9, ("plain", "bf16"): 11.3}.get(
+                    (name, dtype), 3.2 if dtype == "fp32" else 2.4
+                )
+                session.add(section, name, 1e3 * seconds, "ms/it", predicted=predicted, note=note)
+
+
 def float32(session: Session) -> None:
     """What the batch that an image comes in changes in its adversarial image, in float32 and with TF32."""
     for norm in ("bn", "gn"):
@@ -413,6 +439,7 @@ def host_waits(session: Session) -> None:
 SECTIONS: list[tuple[str, float, Callable[[Session], None]]] = [
     ("kernels", 60, kernels),
     ("pgd30", 240, pgd30),
+    ("train_mode", 30, train_mode),
     ("group_norm", 80, group_norm),
     ("gpu_tests", GPU_TEST_SECONDS, gpu_tests),
     ("attack_resnet50", 120, attack_resnet50),

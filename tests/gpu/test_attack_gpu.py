@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,6 +57,35 @@ def test_graph_gives_the_plain_result_and_sees_new_weights(norm: str, dtype: str
         for count in (BATCH, BATCH // 2):
             found = pgd.perturb(twin, x[:count], y[:count], epoch=epoch, iteration=static)
             assert near(found, pgd.perturb(twin, x[:count], y[:count], epoch=epoch), dtype)
+    assert static.failed == ""
+
+
+@pytest.mark.parametrize("reference", ["once", "each_step"])
+def test_graph_in_train_mode_moves_the_statistics_as_the_plain_form(reference: str) -> None:
+    found = []
+    for graphed in (False, True):
+        model, _, pgd, x, y = setting()
+        pgd = replace(pgd, loss="kl", start="gaussian", start_std=0.001, reference_forward=reference)
+        twin = Twin(model, bn_mode="train")
+        form = None
+        if graphed:
+            form = StaticIteration(pgd, twin, batch_size=BATCH, use_compiler=False, use_graph=True)
+        for epoch, count in enumerate((BATCH, BATCH - 2, BATCH)):
+            pgd.perturb(twin, x[:count], y[:count], epoch=epoch, iteration=form)
+        assert form is None or form.failed == ""
+        found.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+    plain, graphed_ = found
+    for name, value in plain.items():
+        if "num_batches" in name:
+            assert int(value) == int(graphed_[name]) > 3
+        assert torch.allclose(value.float(), graphed_[name].float(), rtol=1e-2, atol=1e-3), name
+
+
+def test_rule_with_a_state_runs_beside_the_graph() -> None:
+    _, twin, pgd, x, y = setting()
+    pgd = replace(pgd, update="adam", step_size=0.1)
+    static = StaticIteration(pgd, twin, batch_size=BATCH, use_compiler=False, use_graph=True)
+    assert near(pgd.perturb(twin, x, y, iteration=static), pgd.perturb(twin, x, y), "fp32")
     assert static.failed == ""
 
 

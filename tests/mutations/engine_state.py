@@ -89,6 +89,20 @@ TWIN: tuple[Mutation, ...] = (
         _COMPILED + "test_batch_statistics_never_see_padding",
     ),
     Mutation(
+        "the runs before a capture stay in the running statistics",
+        "engine/twin/cuda_graph.py",
+        "tensor.copy_(value)",
+        "value.copy_(tensor)",
+        _COMPILED + "test_captured_attack_in_train_mode_moves_the_statistics_as_the_plain_one",
+    ),
+    Mutation(
+        "a captured attack in train mode is not told what it moves",
+        "engine/twin/compiled_attack.py",
+        'twin.module.buffers() if twin.bn_mode == "train" else ()',
+        'twin.module.buffers() if twin.bn_mode == "batch" else ()',
+        _COMPILED + "test_captured_attack_in_train_mode_moves_the_statistics_as_the_plain_one",
+    ),
+    Mutation(
         "regions of one kind share the first one's weights",
         "engine/twin/regions.py",
         "(x, *region.tensors)\n        return x",

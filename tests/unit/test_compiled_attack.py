@@ -163,6 +163,48 @@ def test_replays_read_fresh_inputs_and_keep_their_buffers(target: str, restarts:
     assert rerun.replays == 2 * 2 * restarts * pgd.num_steps
 
 
+def statistics(model: nn.Module) -> list[torch.Tensor]:
+    return [buffer.clone() for buffer in model.buffers()]
+
+
+@pytest.mark.parametrize("norm", ["bn", "mbn"])
+def test_captured_attack_in_train_mode_moves_the_statistics_as_the_plain_one(norm: str) -> None:
+    """Three batches: the capture itself, whose runs before the first replay must leave no trace, and two of replays."""
+    pgd, after = attack(loss="kl", start="gaussian", start_std=0.001, reference_forward="each_step"), []
+    for graphed in (False, True):
+        model = network(norm=norm)
+        before = statistics(model)
+        twin = Twin(model, bn_mode="train")
+        form = None
+        if graphed:
+            form = StaticIteration(pgd, twin, batch_size=BATCH, use_compiler=False, use_graph=True, capture=Rerun())
+        seen = []
+        for epoch, count in enumerate((BATCH, BATCH - 2, BATCH)):
+            seen.append(pgd.perturb(twin, *batch(count), epoch=epoch, iteration=form))
+            seen += statistics(model)
+        assert not all(torch.equal(*pair) for pair in zip(before, statistics(model), strict=True))
+        after.append(seen)
+        assert form is None or form.failed == ""
+    assert all(torch.equal(plain, graphed) for plain, graphed in zip(*after, strict=True))
+
+
+def test_capture_that_fails_leaves_the_statistics_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def capture(function):
+        function()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    pgd, found = attack(), []
+    for broken in (False, True):
+        model = network()
+        twin = Twin(model, bn_mode="train")
+        form = None
+        if broken:
+            form = StaticIteration(pgd, twin, batch_size=BATCH, use_compiler=False, use_graph=True, capture=capture)
+        found.append([pgd.perturb(twin, *batch(), iteration=form), *statistics(model)])
+    assert all(torch.equal(plain, after) for plain, after in zip(*found, strict=True))
+    assert "runs without CUDA graph" in caplog.text
+
+
 def test_stale_bounds_would_be_caught() -> None:
     """The test above fails for a wrapper that loads its bounds only once."""
 
@@ -226,9 +268,17 @@ def test_recipe_overrules_auto() -> None:
     assert choose(work(device_type="cpu"), compile="off") is None
 
 
-def test_attack_that_moves_statistics_stays_plain_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_attack_that_moves_statistics_is_captured_and_not_compiled_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     assert choose(work(device_type="cpu"), bn_mode="train", compile="on") is None
-    assert "updates running statistics" in caplog.text.replace("update running", "updates running")
+    assert "whose forwards update running statistics" in caplog.text
+    caplog.clear()
+    form = choose(work(), bn_mode="train")
+    assert isinstance(form, StaticIteration)
+    assert [name for name, _ in form._forms] == ["", "CUDA graph"]
+    assert not caplog.text, "a form that nobody asked for is missing without a word"
+    assert choose(work(), bn_mode="train", cuda_graph="off") is None
 
 
 def test_graph_without_cuda_has_no_effect_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -88,17 +88,26 @@ def build_iteration(config: AttackConfig, attack: PGD, twin: Twin, work: Iterati
     """Return the form of the attack's iteration that the recipe asks for; None = the plain one.
 
     'auto' compiles where it saves more than it costs, and captures where the host would be the bottleneck. An attack
-    that updates running statistics, or synchronises statistics over ranks, runs plain: neither belongs in a graph.
+    that updates running statistics is captured and not compiled; one that synchronises statistics over ranks runs
+    plain, since no collective belongs in a graph.
     """
     wants_compiler = config.compile == "on" or (config.compile == "auto" and work.compilation_pays)
     wants_graph = config.cuda_graph == "on" or (config.cuda_graph == "auto" and work.graph_pays)
     if config.num_steps == 0 or not (wants_compiler or wants_graph):
         return None
-    reason = _unfit(twin)
-    if reason is not None:
+    if twin.bn_mode != "eval" and _is_synchronised(twin):
         if "on" in (config.compile, config.cuda_graph):
-            _LOG.warning("attack.compile and attack.cuda_graph have no effect: %s", reason)
+            _LOG.warning(
+                "attack.compile and attack.cuda_graph have no effect: batch statistics of the attack are synchronised "
+                "over ranks"
+            )
         return None
+    if wants_compiler and twin.bn_mode == "train":
+        if config.compile == "on":
+            _LOG.warning(
+                "attack.compile: on has no effect: attack.bn_mode is train, whose forwards update running statistics"
+            )
+        wants_compiler = False
     if wants_graph and work.device_type != "cuda":
         if config.cuda_graph == "on":
             _LOG.warning("attack.cuda_graph: on has no effect: the attack runs on %s, not on CUDA", work.device_type)
@@ -108,13 +117,8 @@ def build_iteration(config: AttackConfig, attack: PGD, twin: Twin, work: Iterati
     return StaticIteration(attack, twin, batch_size=work.batch_size, use_compiler=wants_compiler, use_graph=wants_graph)
 
 
-def _unfit(twin: Twin) -> str | None:
-    if twin.bn_mode == "train":
-        return "attack.bn_mode is train, whose forwards update running statistics"
-    synchronised = any(isinstance(m, BatchNorm) and m.process_group is not None for m in twin.module.modules())
-    if synchronised and twin.bn_mode != "eval":
-        return "batch statistics of the attack are synchronised over ranks"
-    return None
+def _is_synchronised(twin: Twin) -> bool:
+    return any(isinstance(m, BatchNorm) and m.process_group is not None for m in twin.module.modules())
 
 
 def convolutions_to_compile(twin: Twin) -> int:
@@ -171,7 +175,8 @@ class StaticIteration:
             iteration = (_compile_regions if by_region else _compile)(attack, twin, backend)
             self._forms.append(("torch.compile", iteration))
         if use_graph:
-            self._forms.append(("CUDA graph", GraphedIteration(iteration, capture=capture)))
+            moves = twin.module.buffers() if twin.bn_mode == "train" else ()
+            self._forms.append(("CUDA graph", GraphedIteration(iteration, moves=moves, capture=capture)))
         self._worked = False
         self._seen: tuple[Bounds, Goal] | None = None
         self._shaped: tuple[Bounds, Goal] | None = None

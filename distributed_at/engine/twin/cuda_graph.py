@@ -3,7 +3,7 @@ of times. It knows nothing of what the iteration computes, and never waits for t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -40,11 +40,16 @@ class GraphedIteration:
 
     Args:
         iteration: without host synchronisation, collectives or random draws.
+        moves: tensors that the iteration changes in place, as running statistics; a capture, which runs it several
+            times, leaves them as they were.
         capture: records a function; the tests' one runs it again instead.
     """
 
-    def __init__(self, iteration: Iteration, *, capture: Capture = capture_cuda) -> None:
+    def __init__(
+        self, iteration: Iteration, *, moves: Iterable[torch.Tensor] = (), capture: Capture = capture_cuda
+    ) -> None:
         self._iteration = iteration
+        self._moves = tuple(moves)
         self._capture = capture
         self._replay: Callable[[], None] | None = None
         self._last: tuple[Bounds, Goal] | None = None
@@ -71,7 +76,12 @@ class GraphedIteration:
         self._bounds = Bounds(*(t.clone() for t in bounds))
         self._goal = Goal(*(None if t is None else t.clone() for t in goal))  # type: ignore[arg-type]
         before = torch.cuda.memory_reserved() if adv.is_cuda else 0
-        self._replay, self._outputs = self._capture(
-            lambda: self._iteration(self._adv, self._step_size, self._bounds, self._goal)
-        )
+        held = [tensor.clone() for tensor in self._moves]
+        try:
+            self._replay, self._outputs = self._capture(
+                lambda: self._iteration(self._adv, self._step_size, self._bounds, self._goal)
+            )
+        finally:  # also where the capture fails, since the plain form then goes on from here
+            for tensor, value in zip(self._moves, held, strict=True):
+                tensor.copy_(value)
         self.pool_bytes = torch.cuda.memory_reserved() - before if adv.is_cuda else 0
