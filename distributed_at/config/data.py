@@ -10,6 +10,8 @@ from distributed_at.catalogue.datasets import DATASETS, Dataset
 from distributed_at.config.base import Strict
 from distributed_at.config.choice import Choice
 
+ResizeFilter = Literal["antialiased", "opencv"]
+
 
 class AugmentConfig(Strict):
     """Training-time views; every random choice comes from counters (seed, epoch, sample_id)."""
@@ -55,6 +57,11 @@ class DataConfig(Strict):
     resize_size: int | None = Field(
         default=None, gt=0, description="shortest edge before the evaluation centre crop (imagenet)"
     )
+    resize: ResizeFilter = Field(
+        default="antialiased",
+        description="bicubic kernel of imagenet folders: widened when shrinking as Pillow's, or four pixels as OpenCV's "
+        "(Xie & Yuille's code), which the CPU decoders have",
+    )
     num_classes: int | None = Field(default=None, gt=1, description="classes; null = those of the data set")
     validation_size: int = Field(
         default=0,
@@ -73,6 +80,8 @@ class DataConfig(Strict):
         if self.download and self.facts.fetch is None:
             fetched = ", ".join(name for name in DATASETS if DATASETS[name].fetch is not None)
             raise ValueError(f"download fetches {fetched}; '{self.dataset}' has to be brought")
+        if self.resize == "opencv" and self.backend == "dali_gpu":
+            raise ValueError("resize 'opencv' is a kernel of the CPU decoders: set backend dali_cpu, pil or auto")
         if self.test_size is not None and self.facts.test is not None:
             raise ValueError(f"test_size belongs to a folder without val/; '{self.dataset}' has a published test set")
         return self

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from distributed_at.config import AugmentConfig
+from distributed_at.config.data import ResizeFilter
 from distributed_at.data.augment import Views, centre_views, training_views
 from distributed_at.data.colour import jitter_batch
 from distributed_at.data.identity import DataIdentity, counted
 from distributed_at.data.index import FolderIndex
 from distributed_at.data.inspection import cut_short
+from distributed_at.data.resample import FILTERS
 from distributed_at.data.source import ImageSource, require_members
 from distributed_at.errors import DataError
 
@@ -64,6 +66,7 @@ class FolderSource(ImageSource):
         augment: AugmentConfig,
         seed: int,
         num_threads: int,
+        resize: ResizeFilter = "antialiased",
         warn: Warn | None = None,
     ) -> None:
         """Wrap an index and a decoder.
@@ -79,6 +82,7 @@ class FolderSource(ImageSource):
             augment: training views.
             seed: the run's seed.
             num_threads: files read at once.
+            resize: the decoder's kernel, which the protocols name.
             warn: called with (code, message) once for each damaged file.
 
         Raises:
@@ -99,6 +103,7 @@ class FolderSource(ImageSource):
         self._decoder = decoder
         self._resize_size = resize_size
         self._augment = augment
+        self._resize = resize
         self._warn = warn
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read")
         self._damaged: dict[int, str] = {}
@@ -252,7 +257,7 @@ class FolderSource(ImageSource):
             "listing": self._index.checksum,
             "content": self._index.content,
             "resize_size": self._resize_size,
-            "interpolation": "bicubic, antialiased",
+            "interpolation": FILTERS[self._resize],
             "decoder": self._decoder.describe(),
         }
 

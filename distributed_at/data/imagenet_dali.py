@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distributed_at.config.data import ResizeFilter
 from distributed_at.data.augment import Views
 from distributed_at.data.inspection import damage
 from distributed_at.data.resample import resample
@@ -71,13 +72,21 @@ def _build(*, size: int, batch_size: int, num_threads: int, device_id: int | Non
 class DaliDecoder:
     """Turns encoded images into uint8 squares with a DALI pipeline."""
 
-    def __init__(self, *, size: int, num_threads: int, device_id: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        size: int,
+        num_threads: int,
+        device_id: int | None = None,
+        resize: ResizeFilter = "antialiased",
+    ) -> None:
         """Prepare a decoder; the pipeline is built at the first batch.
 
         Args:
             size: height and width of the result, pixels.
             num_threads: DALI's worker threads.
             device_id: CUDA device of the 'dali_gpu' backend; null = CPU.
+            resize: the kernel on the CPU; on the GPU it is DALI's own, antialiased.
 
         Raises:
             DataError: DALI is not installed.
@@ -94,6 +103,7 @@ class DaliDecoder:
         self._size = size
         self._num_threads = num_threads
         self._device_id = device_id
+        self._resize = resize
         self._pipeline: Any = None
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="resample")
 
@@ -154,7 +164,11 @@ class DaliDecoder:
         if self._device_id is None:
             (windows,) = self._pipeline.run()
             out = np.empty((len(encoded), self._size, self._size, 3), dtype=np.uint8)
-            list(self._pool.map(lambda i: resample(np.asarray(windows[i]), views, i, out[i]), range(len(encoded))))
+
+            def one(i: int) -> None:
+                resample(np.asarray(windows[i]), views, i, out[i], resize=self._resize)
+
+            list(self._pool.map(one, range(len(encoded))))
             return torch.from_numpy(out)
         self._pipeline.feed_input("resized", views.resized.astype(np.float32))
         self._pipeline.feed_input("corners", views.corners.astype(np.int32))

@@ -11,6 +11,7 @@ import PIL
 import torch
 from PIL import Image
 
+from distributed_at.config.data import ResizeFilter
 from distributed_at.data.augment import Views
 from distributed_at.data.inspection import FORMATS, damage
 from distributed_at.data.resample import resample
@@ -21,7 +22,8 @@ class PilDecoder:
 
     name = "pil"
 
-    def __init__(self, *, num_threads: int) -> None:
+    def __init__(self, *, num_threads: int, resize: ResizeFilter = "antialiased") -> None:
+        self._resize = resize
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def decode(self, encoded: Sequence[np.ndarray], views: Views) -> tuple[torch.Tensor, dict[int, str]]:
@@ -35,7 +37,8 @@ class PilDecoder:
 
         def one(position: int) -> None:
             try:
-                resample(_window(encoded[position], views, position), views, position, out[position])
+                window = _window(encoded[position], views, position)
+                resample(window, views, position, out[position], resize=self._resize)
             except Exception as error:  # Pillow raises many types on damaged files
                 failures[position] = damage(encoded[position].tobytes()) or f"cannot be decoded: {error}"
 

@@ -59,8 +59,8 @@ def choose_backend(config: DataConfig) -> str:
     """Return 'dali_cpu', 'dali_gpu' or 'pil' for ``data.backend``.
 
     'auto' is DALI on the CPU where DALI is installed: its pixels do not depend on the GPU, and an attack of many steps
-    leaves the processor idle. With fewer than 4 cores a rank and a CUDA device, and no colour jitter (which runs on the
-    CPU), it is DALI on the GPU. Without DALI it is Pillow.
+    leaves the processor idle. With fewer than 4 cores a rank and a CUDA device, and neither colour jitter nor OpenCV's kernel
+    (both of the CPU), it is DALI on the GPU. Without DALI it is Pillow.
     """
     if config.backend != "auto":
         return config.backend
@@ -69,15 +69,16 @@ def choose_backend(config: DataConfig) -> str:
     import torch
 
     few = decoder_threads(config.num_threads) < _CORES_FOR_CPU_DECODING
-    return "dali_gpu" if few and torch.cuda.is_available() and not config.augment.colour_jitter else "dali_cpu"
+    on_cpu = config.augment.colour_jitter or config.resize == "opencv"
+    return "dali_gpu" if few and torch.cuda.is_available() and not on_cpu else "dali_cpu"
 
 
 def _make_decoder(config: DataConfig, device_index: int | None) -> Decoder:
     backend, num_threads = choose_backend(config), decoder_threads(config.num_threads)
     if backend == "pil":
-        return PilDecoder(num_threads=num_threads)
+        return PilDecoder(num_threads=num_threads, resize=config.resize)
     if backend == "dali_cpu":
-        return DaliDecoder(size=config.image_size, num_threads=num_threads)
+        return DaliDecoder(size=config.image_size, num_threads=num_threads, resize=config.resize)
     import torch
 
     if not torch.cuda.is_available():
@@ -239,6 +240,7 @@ def _folder_source(
         sample_ids=split_ids(ids, config, split, seed=seed),
         image_size=config.image_size,
         resize_size=resize_size,
+        resize=config.resize,
         augment=config.augment,
         seed=seed,
         num_threads=decoder_threads(config.num_threads),

@@ -260,9 +260,23 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "windows are resized without antialiasing",
         "data/resample.py",
-        "antialias=True",
-        "antialias=False",
+        'mode="bicubic", antialias=True',
+        'mode="bicubic", antialias=False',
         _PIXELS + "test_random_crops_of_a_folder_are_what_torchvision_cuts_and_resizes",
+    ),
+    Mutation(
+        "the recipe's kernel stops at the source",
+        "data/imagenet_dali.py",
+        "views, i, out[i], resize=self._resize)",
+        "views, i, out[i])",
+        _PIXELS + "test_a_folders_kernel_is_the_recipes_and_its_protocols_name_it",
+    ),
+    Mutation(
+        "OpenCV's kernel widens when it shrinks",
+        "data/resample.py",
+        'mode="bicubic", antialias=False',
+        'mode="bicubic", antialias=True',
+        _PIXELS + "test_opencv_kernel_gives_opencvs_pixels",
     ),
     Mutation(
         "labels are places among unsorted folders",

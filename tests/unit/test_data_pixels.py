@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from scipy import stats
 from scipy.io import savemat
 from sklearn.datasets import load_digits, load_sample_image
@@ -18,7 +19,7 @@ from torchvision.transforms.functional import InterpolationMode, resized_crop
 
 from distributed_at.config import AugmentConfig, DataConfig
 from distributed_at.data import open_split
-from distributed_at.data.augment import centre_views, random_resized_views
+from distributed_at.data.augment import Views, centre_views, random_resized_views
 from distributed_at.data.cifar import read_cifar
 from distributed_at.data.colour import jitters
 from distributed_at.data.imagenet_dali import DaliDecoder
@@ -26,6 +27,7 @@ from distributed_at.data.imagenet_pil import PilDecoder
 from distributed_at.data.index import survey
 from distributed_at.data.machine import dali_installed
 from distributed_at.data.order import StepOrder
+from distributed_at.data.resample import resample
 from distributed_at.data.source import ArraySource
 
 NO_DALI = pytest.mark.skipif(not dali_installed(), reason="no DALI")
@@ -203,6 +205,53 @@ def test_held_out_images_of_a_folder_are_training_files(photographs: Path) -> No
         theirs = np.asarray(resized.crop((left, top, left + SIZE, top + SIZE))).astype(int)
         assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - theirs).mean() < 0.2
         assert label == sample // 6
+
+
+# cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC) of OpenCV 5.0.0 on the image below
+OPENCV = {
+    (5, 4): [[23, 196, 30, 162], [94, 146, 185, 142], [111, 100, 192, 181], [124, 152, 185, 64], [100, 173, 74, 152]],
+    (8, 9): [
+        [0, 35, 113, 182, 97, 11, 80, 163, 214],
+        [10, 73, 173, 249, 154, 71, 182, 134, 42],
+        [134, 64, 39, 144, 207, 199, 146, 144, 165],
+        [117, 115, 103, 78, 172, 220, 89, 151, 255],
+        [49, 172, 237, 94, 154, 233, 136, 108, 123],
+        [103, 140, 169, 145, 193, 210, 122, 63, 45],
+        [154, 94, 84, 198, 168, 68, 28, 100, 188],
+        [32, 147, 231, 155, 62, 64, 205, 193, 119],
+    ],
+}
+
+
+@pytest.mark.parametrize("size", OPENCV)
+def test_opencv_kernel_gives_opencvs_pixels(size: tuple[int, int]) -> None:
+    image = np.array([[(37 * i * i + 91 * j + 13 * i * j) % 256 for j in range(6)] for i in range(7)], dtype=np.uint8)
+    side = max(size)
+    views = Views(
+        windows=np.array([[0, 0, 7, 6]]), resized=np.array([size]), corners=np.array([[0, 0]]),
+        flips=np.array([False]), size=side,
+    )  # fmt: skip
+    out = np.zeros((*size, 3), dtype=np.uint8)
+    resample(np.repeat(image[:, :, None], 3, axis=2), views, 0, out, resize="opencv")
+    assert np.abs(out.astype(int) - np.array(OPENCV[size])[:, :, None]).max() <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_folders_kernel_is_the_recipes_and_its_protocols_name_it(photographs: Path, backend: str) -> None:
+    shown, told = {}, {}
+    for resize in ("antialiased", "opencv"):
+        config = DataConfig(dataset="imagenet", path=str(photographs), image_size=SIZE, backend=backend, resize=resize)
+        with open_split(config, "test", seed=0) as source:
+            shown[resize] = source.read(source.sample_ids, epoch=0, train=False)[0].float()
+            told[resize] = source.describe()["interpolation"]
+    gap = (shown["antialiased"] - shown["opencv"]).abs().mean().item()
+    assert gap > 0.5
+    assert told == {"antialiased": "bicubic, antialiased", "opencv": "bicubic as OpenCV's, not antialiased"}
+
+
+def test_opencv_kernel_on_the_gpu_is_refused() -> None:
+    with pytest.raises(ValidationError, match="resize 'opencv' is a kernel of the CPU decoders"):
+        DataConfig(dataset="imagenet", image_size=8, resize="opencv", backend="dali_gpu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
