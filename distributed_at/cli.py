@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from distributed_at import __version__
 from distributed_at.commands.words import WordError, quoted, refuse, split_words, subparser
 from distributed_at.errors import EXIT_CONFIG, UserError, did_you_mean, shorten
+from distributed_at.terminal import make_printable
 
 VERBS = {
     "train": "train a recipe; the same command resumes it",
@@ -75,6 +76,7 @@ def _verb(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argpar
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the process's exit code."""
+    make_printable()
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     chosen, verb = _verb(parser, words)

@@ -32,7 +32,7 @@ def check_certificate(path: Path, config: RunConfig, attack: AttackConfig) -> tu
         ``_of_another_attack``, ``_without_this_precision``, ``_failed`` and ``_undecided``.
     """
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "certificate_missing", f"there is no file {path.absolute()}; {_CURE}"
     except (OSError, ValueError) as error:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     document, rows = _certify(args, find_run(args.run, str(args.runs)))
     path = args.output or find_run(args.run, str(args.runs)) / "precision.json"
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if args.json:
         print_json(document)
     else:

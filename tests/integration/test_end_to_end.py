@@ -23,9 +23,9 @@ SHORT = [
 ]
 
 
-def command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def command(*words: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env["OMP_NUM_THREADS"] = "1"
+    env |= {"OMP_NUM_THREADS": "1", **environ}
     return run([sys.executable, "-m", "distributed_at", *words], cwd=cwd, env=env)
 
 
@@ -86,6 +86,13 @@ def test_eval_counts_every_test_image_once_and_report_shows_its_numbers(folder):
     assert main(["report", str(folder / "runs" / "robust")]) == 0
     page = (folder / "runs" / "robust" / "report.html").read_text()
     assert f"{100 * by_name['pgd20']['accuracy']:.2f}" in page
+
+
+def test_finished_work_exits_0_on_a_terminal_without_utf_8(folder):
+    for words in (("eval", "robust", "--workers", "2", "--only", "clean"), ("report", "robust"), ("status", "robust")):
+        done = command(*words, cwd=folder, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout + done.stderr).isascii()
 
 
 def test_eval_names_the_worst_case_and_what_is_suspicious(folder, monkeypatch, capsys):
