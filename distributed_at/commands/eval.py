@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from distributed_at.commands.common import add_json, find_run, print_json, print_table, say
 from distributed_at.engine.processes.launch import available_workers, check_workers, detect_rank, run_workers
+from distributed_at.engine.processes.preemption import die_with_parent
 from distributed_at.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def select_entries(config: RunConfig, only: str | None, num_samples: int | None)
 
 
 def run(args: argparse.Namespace) -> int:
+    if detect_rank() is not None:
+        die_with_parent()
     folder = find_run(args.run, str(args.runs))
     config = _load(args, folder)
     entries = select_entries(config, args.only, args.num_samples)

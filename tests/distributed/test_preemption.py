@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from distributed_at.engine.processes.preemption import STOP_SIGNALS
+from distributed_at.engine.processes.preemption import stop_signals
 from tests.patience import LONGEST, Stuck, end_of, wait_until
 
 PROGRAM = """
@@ -114,9 +114,18 @@ def _steps(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def test_hang_up_asks_to_stop_unless_it_is_ignored():
+    for disposition, asked in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        before = signal.signal(signal.SIGHUP, disposition)
+        try:
+            assert (signal.SIGHUP in stop_signals()) is asked
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
 def test_all_ranks_stop_at_the_same_step_and_slow_ranks_are_named(tmp_path):
     # a spawned child imports torch, whose threads inherit the mask, before its first line of ours runs
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         mp.spawn(_steps, (3, str(tmp_path)), nprocs=3)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -80,6 +81,71 @@ def stopped_and_resumed(command: list[str], folder: Path, undisturbed: Path, sto
     assert training_rows(folder) == training_rows(undisturbed)
     assert state_digest(folder) == state_digest(undisturbed)
     return code
+
+
+def in_terminal(words: list[str]) -> tuple[int, int]:
+    """Start a command as a terminal's own session; return its process id and our side of the terminal."""
+    process, ours = pty.fork()
+    if not process:
+        os.execve(words[0], words, {**os.environ, "OMP_NUM_THREADS": "1"})
+    return process, ours
+
+
+def test_closed_terminal_is_a_request_to_stop_and_the_run_saves(tmp_path):
+    folder = tmp_path / "run"
+    words = [word for word in LAUNCHER if word != "--quiet"]  # so that it prints on the terminal that goes
+    process, terminal = in_terminal([*words, "--run-folder", str(folder)])
+    path = folder / "events.jsonl"
+    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 8, "8 events", processes=[process])
+    os.close(terminal)
+    code: list[int] = []
+
+    def ended() -> bool:
+        found, status = os.waitpid(process, os.WNOHANG)
+        code.extend([os.waitstatus_to_exitcode(status)] if found else [])
+        return bool(found)
+
+    wait_until(ended, "the launcher's end")
+    assert code == [EXIT_REQUEUE], (folder / "log").exists() and [p.read_text() for p in (folder / "log").iterdir()]
+    assert 0 < checkpoint_step(folder) < 180
+    assert last_event(folder)["reason"] == "stopped"
+
+
+@pytest.mark.slow
+def test_run_under_nohup_outlives_its_terminal(tmp_path):
+    folder = tmp_path / "run"
+    process = start(["nohup", *LAUNCHER], folder)
+    wait_rows(process, folder, 5)
+    process.send_signal(signal.SIGHUP)
+    os.kill(rank_process(folder, 1), signal.SIGHUP)
+    wait_rows(process, folder, 25)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, folder)[0] == EXIT_REQUEUE
+    assert last_event(folder)["step"] >= 20
+
+
+def test_ranks_of_an_evaluation_end_with_their_launcher(tmp_path):
+    folder = tmp_path / "run"
+    assert finish(start(with_words(LAUNCHER[:-1], "1", "train.epochs=3"), folder), folder)[0] == 0
+    words = [
+        sys.executable,
+        "-m",
+        "distributed_at",
+        "eval",
+        str(folder),
+        "--workers",
+        "2",
+        "evaluation.final.1.attack.num_steps=100000",
+    ]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
+    assert process.stderr is not None
+    while "clean" not in process.stderr.readline():
+        assert process.poll() is None
+    ranks = [rank_process(folder, rank) for rank in range(2)]
+    process.kill()
+    process.wait()
+    gone = lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks)  # noqa: E731
+    wait_until(gone, "the end of both ranks")
 
 
 @pytest.mark.slow

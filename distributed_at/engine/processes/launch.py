@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distributed_at.engine.processes.preemption import leave_terminal, stop_signals
 from distributed_at.errors import EXIT_HANG, ConfigError
 
 KILL_AFTER_SECONDS = 30.0
@@ -113,7 +114,8 @@ def run_workers(arguments: Sequence[str], workers: int, log_folder: Path | None)
     """Run `distributed-at ARGUMENTS` as ``workers`` local processes and return the exit code of the run.
 
     Rank 0 keeps the terminal; the other ranks write to ``log_folder``. When one rank fails, the rest get SIGTERM and
-    after 30 s SIGKILL, so that nothing is left behind. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank.
+    after 30 s SIGKILL, so that nothing is left behind. SIGTERM, SIGINT, SIGUSR1 and, unless it is ignored, SIGHUP are passed
+    on to every rank.
     """
     port = free_port()
     command = [sys.executable, "-m", "distributed_at", *arguments]
@@ -123,11 +125,13 @@ def run_workers(arguments: Sequence[str], workers: int, log_folder: Path | None)
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)
+        if number == signal.SIGHUP:
+            leave_terminal()
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    passed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    passed_on = (*stop_signals(), signal.SIGINT)
     previous = {s: signal.signal(s, forward) for s in passed_on}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)  # whoever started this command may have blocked them
     try:

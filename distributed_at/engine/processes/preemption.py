@@ -1,4 +1,4 @@
-"""Stop signals (time limit, preemption, cancel): heard at once by a thread, acted on by all ranks at one step boundary.
+"""Stop signals (time limit, preemption, cancel, a closed terminal): heard at once by a thread, acted on by all ranks at one step boundary.
 
 Python's own handlers do not run while the main thread waits in a collective; a thread in ``sigwait`` hears at once.
 Import and call ``prepare_process`` before torch, because threads inherit the mask of blocked signals: this module
@@ -11,15 +11,31 @@ import contextlib
 import ctypes
 import os
 import signal
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_SECOND_SIGNAL = 128 + signal.SIGTERM  # 143: left at once, nothing saved
 _PR_SET_PDEATHSIG = 1
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask to stop: SIGHUP too, unless it is ignored, as ``nohup`` has it."""
+    asked = (signal.SIGTERM, signal.SIGUSR1)
+    return asked if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*asked, signal.SIGHUP)
+
+
+def leave_terminal() -> None:
+    """Turn stdout and stderr away from a terminal that is gone: what is printed there would raise before a save."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, number)
+                os.close(null)
 
 
 def prepare_process() -> None:
@@ -30,12 +46,12 @@ def prepare_process() -> None:
 
 def block_signals() -> None:
     """Keep the stop signals from killing this process; a ``StopListener`` then takes them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
 
 
 def unblock_signals() -> None:
     """For a child between fork and exec (``preexec_fn``): it must stay terminable."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
 
 
 def die_with_parent(sent: signal.Signals = signal.SIGKILL) -> bool:
@@ -59,7 +75,7 @@ class StopListener:
 
     ``on_first(name)`` runs once in that thread (keep it short: a line of log). A SIGTERM ``grace_seconds`` or more after
     the first signal means that somebody insists: the process leaves at once with ``EXIT_SECOND_SIGNAL``. Repeats
-    within the grace are the same request, because schedulers and launchers both forward it; SIGUSR1 never insists.
+    within the grace are the same request, because schedulers and launchers both forward it; the other two never insist.
     """
 
     def __init__(self, *, on_first: Callable[[str], None] | None = None, grace_seconds: float = 3.0) -> None:
@@ -94,10 +110,13 @@ class StopListener:
         return self._first is not None
 
     def _listen(self) -> None:
+        heard = stop_signals()
         while True:
-            received = signal.Signals(signal.sigwait(STOP_SIGNALS))
+            received = signal.Signals(signal.sigwait(heard))
             if self._closing:
                 return
+            if received == signal.SIGHUP:
+                leave_terminal()
             now = time.monotonic()
             if self._first is None:
                 self._first, self._first_time = received, now
