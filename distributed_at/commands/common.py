@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distributed_at.errors import ConfigError, did_you_mean
+from distributed_at.engine.processes.launch import Rank
+from distributed_at.errors import ConfigError, UserError, did_you_mean
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +23,18 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout instead of a table")
+
+
+@contextlib.contextmanager
+def telling_the_others(rank: Rank) -> Iterator[None]:
+    """Let a user's mistake that this rank alone may have met (its node lacks a file) end all of them with one message."""
+    try:
+        yield
+    except UserError as error:
+        from distributed_at.engine.processes.rendezvous import refuse
+
+        refuse(error, error.exit_code, rank)
+        raise
 
 
 def print_json(document: Any) -> None:

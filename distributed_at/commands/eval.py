@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distributed_at.commands.common import add_json, find_run, print_json, print_table, say
-from distributed_at.engine.processes.launch import available_workers, check_workers, detect_rank, run_workers
+from distributed_at.commands.common import add_json, find_run, print_json, print_table, say, telling_the_others
+from distributed_at.engine.processes.launch import Rank, available_workers, check_workers, detect_rank, run_workers
 from distributed_at.engine.processes.preemption import die_with_parent
 from distributed_at.errors import ConfigError, did_you_mean
 
@@ -86,12 +86,19 @@ def select_entries(config: RunConfig, only: str | None, num_samples: int | None)
 
 
 def run(args: argparse.Namespace) -> int:
-    if detect_rank() is not None:
-        die_with_parent()
+    rank = detect_rank()
+    if rank is None:
+        return _run(args, None)
+    die_with_parent()
+    with telling_the_others(rank):
+        return _run(args, rank)
+
+
+def _run(args: argparse.Namespace, rank: Rank | None) -> int:
     folder = find_run(args.run, str(args.runs))
     config = _load(args, folder)
     entries = select_entries(config, args.only, args.num_samples)
-    if detect_rank() is None:
+    if rank is None:
         workers = check_workers(args.workers) or available_workers()
         from distributed_at.data.sources import open_split
 

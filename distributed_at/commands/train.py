@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distributed_at.commands.common import add_recipe, say
-from distributed_at.engine.processes.launch import available_workers, check_workers, detect_rank, run_workers
+from distributed_at.commands.common import add_recipe, say, telling_the_others
+from distributed_at.engine.processes.launch import Rank, available_workers, check_workers, detect_rank, run_workers
+from distributed_at.engine.processes.preemption import prepare_process
 
 if TYPE_CHECKING:
     from distributed_at.config import RunConfig
@@ -31,11 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     rank = detect_rank()
-    if rank is not None:
-        # before torch starts threads: they inherit the mask, and a signal must reach the listener alone
-        from distributed_at.engine.processes.preemption import prepare_process
+    if rank is None:
+        return _run(args, None)
+    prepare_process()  # before torch starts threads: they inherit the mask, and a signal must reach the listener alone
+    with telling_the_others(rank):
+        return _run(args, rank)
 
-        prepare_process()
+
+def _run(args: argparse.Namespace, rank: Rank | None) -> int:
     from distributed_at.engine.batching import BatchPlan, largest_world_size
     from distributed_at.engine.runs.folder import RunFolder
     from distributed_at.recipes import load_recipe

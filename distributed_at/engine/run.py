@@ -6,15 +6,17 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 from distributed_at.config import RunConfig
 from distributed_at.engine.builder import build_parts
 from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.engine.processes.failures import lost_rank, rank_and_host, what_was_lost, write_failure
+from distributed_at.engine.processes.launch import detect_rank
+from distributed_at.engine.processes.leaving import before_leaving
 from distributed_at.engine.processes.notes import Notes
-from distributed_at.engine.processes.preemption import start_listening
+from distributed_at.engine.processes.preemption import StopListener, start_listening
+from distributed_at.engine.processes.rendezvous import refuse, set_up_is_over
 from distributed_at.engine.processes.watchdog import Watchdog, section_timeouts
 from distributed_at.engine.processes.world import World, import_deepspeed, initialise_world, shutdown_world
 from distributed_at.engine.runs.folder import RunFolder
@@ -38,7 +40,7 @@ def run_training(
 ) -> int:
     """Train on this rank; return the exit code that every rank ends with."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    stop = start_listening()  # a long set-up must be stoppable too
+    stop = start_listening(leave_set_up_with=EXIT_REQUEUE)  # a long set-up must be stoppable too
     import_deepspeed()
     world = initialise_world(config.parallel.timeout_seconds)
     lock: RunLock | None = None
@@ -49,10 +51,10 @@ def run_training(
         lock = _enter_folder(world, config, folder, fresh)
         watchdog = Watchdog(folder.logs, rank=world.rank, timeouts=section_timeouts(config.parallel.timeout_seconds))
         events = _open_events(world, config, folder, lock, quiet)
+        if lock is not None:
+            before_leaving(lock.release)
         with watchdog.section("setup"):
-            outcome = _train(
-                world, config, folder, lock, events, watchdog, stop.stop_requested, quiet=quiet, accept_data=accept_data
-            )
+            outcome = _train(world, config, folder, lock, events, watchdog, stop, quiet=quiet, accept_data=accept_data)
         together = True
     finally:
         if watchdog is not None:
@@ -76,6 +78,7 @@ def run_worker(
         return run_training(config, folder, fresh=fresh, quiet=quiet, accept_data=accept_data)
     except UserError as error:
         code, told = error.exit_code, f"distributed-at: error: {error}"
+        refuse(error, code, detect_rank())
     except Exception as error:
         path = write_failure(folder.logs)
         if lost_rank(error):
@@ -85,6 +88,7 @@ def run_worker(
             )
         else:
             code, told = 1, traceback.format_exc()
+            refuse(error, code, detect_rank())
     print(without_secrets(told), file=sys.stderr, flush=True)
     sys.stdout.flush()
     logging.shutdown()
@@ -143,7 +147,7 @@ def _train(
     lock: RunLock | None,
     events: EventLog,
     watchdog: Watchdog,
-    stop_requested: Callable[[], bool],
+    stopping: StopListener,
     *,
     quiet: bool,
     accept_data: bool,
@@ -179,11 +183,13 @@ def _train(
         Checkpoints(manager, config.checkpoint, state, lock),
         validator,
         events,
-        stop_requested=stop_requested,
+        stop_requested=stopping.stop_requested,
         watch=watchdog.section,
         notes=notes,
         warnings=doubts,
     )
+    set_up_is_over()
+    stopping.set_up_is_over()
     try:
         outcome = trainer.run()
     finally:

@@ -19,7 +19,9 @@ from distributed_at.engine.processes.preemption import leave_terminal, stop_sign
 from distributed_at.errors import EXIT_HANG, ConfigError
 
 KILL_AFTER_SECONDS = 30.0
+FIRST_PORT, PORTS = 20000, 12000  # below what systems give to outgoing connections, from 32768 on
 WORKER_MARK = "DISTRIBUTED_AT_WORKER"
+STORE_FD = "DISTRIBUTED_AT_STORE_FD"  # where rank 0 finds the socket that this launcher listens on
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,28 @@ def export_rendezvous(rank: Rank, environ: dict[str, str] | None = None) -> None
         env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
         job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
         restart = int(env.get("SLURM_RESTART_COUNT", 0))
-        env.setdefault("MASTER_PORT", str(20000 + (job * 131 + step * 17 + restart * 7) % 20000))
+        env.setdefault("MASTER_PORT", str(FIRST_PORT + (job * 131 + step * 17 + restart * 7) % PORTS))
 
 
 def free_port() -> int:
     """Return a TCP port that was free on the loopback interface a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    with listening_socket() as found:
+        return int(found.getsockname()[1])
+
+
+def listening_socket() -> socket.socket:
+    """Return a socket that listens on a free port of the loopback interface, which is ours as long as it is open."""
+    first = os.getpid() * 7 + time.monotonic_ns() // 1000
+    for number in range(PORTS):
+        found = socket.socket()
+        try:
+            found.bind(("127.0.0.1", FIRST_PORT + (first + number) % PORTS))
+            found.listen(2048)
+        except OSError:
+            found.close()
+            continue
+        return found
+    raise ConfigError(f"no free port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} on this machine")
 
 
 def usable_workers() -> int:
@@ -117,7 +133,8 @@ def run_workers(arguments: Sequence[str], workers: int, log_folder: Path | None)
     after 30 s SIGKILL, so that nothing is left behind. SIGTERM, SIGINT, SIGUSR1 and, unless it is ignored, SIGHUP are passed
     on to every rank.
     """
-    port = free_port()
+    meeting = listening_socket()
+    port = int(meeting.getsockname()[1])
     command = [sys.executable, "-m", "distributed_at", *arguments]
     processes: list[subprocess.Popen[bytes]] = []
     files = []
@@ -141,17 +158,23 @@ def run_workers(arguments: Sequence[str], workers: int, log_folder: Path | None)
                 log_folder.mkdir(parents=True, exist_ok=True)
                 output = open(log_folder / f"rank{rank:04d}.txt", "ab")  # noqa: SIM115 - lives as long as the worker
                 files.append(output)
+            env = worker_environment(rank, workers, port)
+            if rank == 0:
+                env[STORE_FD] = str(meeting.fileno())
             processes.append(
                 subprocess.Popen(
                     command,
-                    env=worker_environment(rank, workers, port),
+                    env=env,
+                    pass_fds=(meeting.fileno(),) if rank == 0 else (),
                     stdout=output,
                     stderr=subprocess.STDOUT if output is not None else None,
                     start_new_session=True,  # a Ctrl-C reaches the workers once, through forward()
                 )
             )
+        meeting.close()  # rank 0 has it
         return _wait(processes)
     finally:
+        meeting.close()
         for process in processes:
             if process.poll() is None:
                 process.kill()
@@ -187,6 +210,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         first_failure = next((c for c in codes if c), 0)
     # a worker that raised a message of ours explains more than one that was killed for it, or that lost it
     own = [c for c in codes if c is not None and 0 < c < 128]
-    told = next((c for c in own if c != EXIT_HANG), own[0] if own else None)
+    own.sort(key=lambda code: (code == EXIT_HANG, code != first_failure))
+    told = own[0] if own else None
     result = told if first_failure and told is not None else first_failure
     return 128 - result if result < 0 else result

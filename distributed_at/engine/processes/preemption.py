@@ -18,6 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from distributed_at.engine.processes.leaving import leave
+
+SET_UP_SECONDS = 5.0  # that a set-up may still take after the first signal, to end as a run that has begun
 EXIT_SECOND_SIGNAL = 128 + signal.SIGTERM  # 143: left at once, nothing saved
 _PR_SET_PDEATHSIG = 1
 
@@ -76,10 +79,20 @@ class StopListener:
     ``on_first(name)`` runs once in that thread (keep it short: a line of log). A SIGTERM ``grace_seconds`` or more after
     the first signal means that somebody insists: the process leaves at once with ``EXIT_SECOND_SIGNAL``. Repeats
     within the grace are the same request, because schedulers and launchers both forward it; the other two never insist.
+
+    ``leave_set_up_with``: exit code of a process that is still being set up some seconds after the first signal, since
+    ranks that wait for each other reach no step; until ``set_up_is_over``.
     """
 
-    def __init__(self, *, on_first: Callable[[str], None] | None = None, grace_seconds: float = 3.0) -> None:
+    def __init__(
+        self,
+        *,
+        on_first: Callable[[str], None] | None = None,
+        grace_seconds: float = 3.0,
+        leave_set_up_with: int | None = None,
+    ) -> None:
         self._on_first = on_first
+        self._set_up_code = leave_set_up_with
         self._grace_seconds = grace_seconds
         self._first: signal.Signals | None = None
         self._first_time = 0.0
@@ -92,6 +105,14 @@ class StopListener:
         self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
         self._thread.start()
         return self
+
+    def set_up_is_over(self) -> None:
+        """From here on the ranks stop together, at a step's end."""
+        self._set_up_code = None
+
+    def _leave_set_up(self) -> None:
+        if self._set_up_code is not None and not self._closing:
+            leave(self._set_up_code, "distributed-at: stopped while the run was being set up; nothing is lost")
 
     def close(self) -> None:
         """Stop listening; the signals stay blocked, so that none can kill a process that is saving its last results."""
@@ -123,6 +144,10 @@ class StopListener:
                 if self._on_first is not None:
                     with contextlib.suppress(Exception):
                         self._on_first(received.name)
+                if self._set_up_code is not None:
+                    timer = threading.Timer(SET_UP_SECONDS, self._leave_set_up)
+                    timer.daemon = True
+                    timer.start()
             elif received == signal.SIGTERM and now - self._first_time >= self._grace_seconds:
                 os._exit(EXIT_SECOND_SIGNAL)
 
@@ -130,11 +155,18 @@ class StopListener:
 _listener: StopListener | None = None
 
 
-def start_listening(*, on_first: Callable[[str], None] | None = None, grace_seconds: float = 3.0) -> StopListener:
+def start_listening(
+    *,
+    on_first: Callable[[str], None] | None = None,
+    grace_seconds: float = 3.0,
+    leave_set_up_with: int | None = None,
+) -> StopListener:
     """Start this process's one listener, or return it where it runs already."""
     global _listener
     if _listener is None:
-        _listener = StopListener(on_first=on_first, grace_seconds=grace_seconds).start()
+        _listener = StopListener(
+            on_first=on_first, grace_seconds=grace_seconds, leave_set_up_with=leave_set_up_with
+        ).start()
     return _listener
 
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from distributed_at.engine.processes.launch import detect_rank, export_rendezvous
+from distributed_at.engine.processes.launch import detect_rank
+from distributed_at.engine.processes.rendezvous import meet, set_up_is_over, watch_for_refusals
 from distributed_at.groups import forget_groups
 
 T = TypeVar("T")
@@ -61,8 +62,9 @@ def initialise_world(timeout_seconds: float = 1800.0) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device, backend = torch.device("cpu"), "gloo"
     if found is not None:
-        export_rendezvous(found)
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        store = meet(found, timeout)
+        watch_for_refusals(store, found)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -82,6 +84,7 @@ def shutdown_world(*, together: bool = True) -> None:
     if not dist.is_initialized():
         return
     if together:
+        set_up_is_over()
         with contextlib.suppress(RuntimeError):
             dist.barrier()
     elif "nccl" in str(dist.get_backend_config()):
