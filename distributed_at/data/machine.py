@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+
+from distributed_at.cores import core_share
 
 
 def decoder_threads(requested: int = 0) -> int:
-    """Return ``requested``, or this process's fair part of the processors it may use, at least 1."""
-    if requested > 0:
-        return requested
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
-    return max(1, cores // max(1, ranks))
+    """Return ``requested``, or this rank's share of the processors."""
+    return requested if requested > 0 else core_share()
 
 
 def dali_installed() -> bool:

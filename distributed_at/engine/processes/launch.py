@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distributed_at.cores import core_share
 from distributed_at.engine.processes.preemption import leave_terminal, stop_signals
 from distributed_at.errors import EXIT_HANG, ConfigError
 
@@ -115,6 +116,7 @@ def worker_environment(rank: int, workers: int, port: int, environ: Mapping[str,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(workers),
+        LOCAL_WORLD_SIZE=str(workers),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
@@ -122,7 +124,7 @@ def worker_environment(rank: int, workers: int, port: int, environ: Mapping[str,
     # DeepSpeed and torch look for ninja and the console scripts on PATH; a venv may not be activated.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     if "OMP_NUM_THREADS" not in env:
-        env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+        env["OMP_NUM_THREADS"] = str(core_share(env))
     return env
 
 
