@@ -48,7 +48,8 @@ def together(folder: Path, workers: int, threads: int, seconds: float, backend: 
         for _ in range(workers)
     ]
     for reader in readers:
-        assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
     for reader in readers:
         assert reader.stdin is not None
         reader.stdin.write("\n")

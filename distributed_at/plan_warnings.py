@@ -11,7 +11,9 @@ from distributed_at.catalogue.attacks import ATTACK_TARGETS
 from distributed_at.catalogue.networks import is_foreign
 from distributed_at.config import AttackConfig, RunConfig
 from distributed_at.engine.batching import BatchPlan
+from distributed_at.errors import ConfigError
 from distributed_at.evaluation.kinds import KINDS
+from distributed_at.models.statistics import trains_on_one_image
 from distributed_at.objectives import OBJECTIVES
 
 # Below this a ResNet's attack step is bound by kernel launches rather than by the GPU.
@@ -42,6 +44,28 @@ def plan_warnings(config: RunConfig, batch: BatchPlan, *, num_train: int, has_ba
     warnings = [PlanWarning(code, message) for code, message in [*found, *_evaluation(config)]]
     notes = OBJECTIVES[config.objective.name].notes(config.objective, batch.group_size)
     return [*warnings, *_certificates(config), *(PlanWarning("objective", text, "note") for text in notes)]
+
+
+def refuse_lone_image(config: RunConfig, batch: BatchPlan, *, num_train: int, num_classes: int) -> None:
+    """Refuse a run whose last batch of an epoch would end it.
+
+    Raises:
+        ConfigError: a batch-norm group would hold one image, of which a layer has one value a channel.
+    """
+    last = _lone_image(config, batch, num_train)
+    if last and not trains_on_one_image(config.model, num_classes=num_classes, image_size=config.data.image_size):
+        raise ConfigError(
+            f"the last batch of an epoch holds {last} of {num_train} images, so one batch-norm group of "
+            f"{batch.group_size} has a single image, and model.arch {config.model.arch!r} has a batch norm that would "
+            "see one value a channel of it, which cannot be normalised: set train.drop_last=true or another "
+            "train.batch_size"
+        )
+
+
+def _lone_image(config: RunConfig, batch: BatchPlan, num_train: int) -> int:
+    """Return the images of an incomplete last batch that leaves a batch-norm group a single one, else 0."""
+    last = num_train % batch.batch_size
+    return last if not config.train.drop_last and last % batch.group_size == 1 else 0
 
 
 def _sixteen_bit_attacks(config: RunConfig) -> list[tuple[str, AttackConfig]]:
@@ -111,8 +135,8 @@ def _batch(config: RunConfig, batch: BatchPlan, num_train: int, has_batch_norm: 
                 "kernel launches, not arithmetic, will set the pace",
             )
         )
-    last = num_train % batch.batch_size
-    if not config.train.drop_last and last and has_batch_norm and last % batch.group_size == 1:
+    last = _lone_image(config, batch, num_train)
+    if last and has_batch_norm:
         found.append(
             (
                 "single_image_group",

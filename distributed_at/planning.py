@@ -18,7 +18,7 @@ from distributed_at.engine.schedules import Schedules
 from distributed_at.errors import ConfigError
 from distributed_at.evaluation.kinds import KINDS
 from distributed_at.objectives import OBJECTIVES
-from distributed_at.plan_warnings import PlanWarning, plan_warnings
+from distributed_at.plan_warnings import PlanWarning, plan_warnings, refuse_lone_image
 
 if TYPE_CHECKING:
     from distributed_at.models.statistics import ModelStatistics
@@ -133,6 +133,7 @@ def make_plan(
     )
     if statistics is None:
         statistics = measure_model(config)
+    refuse_lone_image(config, batch, num_train=num_train, num_classes=count_classes(config.data))
     units = config_units(config)
     flops_per_image = units.total * 2.0 * statistics.macs
     memory = estimate_memory(config, batch, statistics)

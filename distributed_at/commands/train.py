@@ -12,6 +12,7 @@ from distributed_at.engine.processes.preemption import prepare_process
 
 if TYPE_CHECKING:
     from distributed_at.config import RunConfig
+    from distributed_at.engine.batching import BatchPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,26 +55,30 @@ def _run(args: argparse.Namespace, rank: Rank | None) -> int:
         BatchPlan.resolve(batch_size=batch_size, world_size=rank.world_size, **limits)
         return run_worker(config, folder, fresh=args.fresh, quiet=args.quiet, accept_data=args.accept_data)
     workers = check_workers(args.workers) or largest_world_size(available_workers(), batch_size=batch_size, **limits)
-    BatchPlan.resolve(batch_size=batch_size, world_size=workers, **limits)
+    batch = BatchPlan.resolve(batch_size=batch_size, world_size=workers, **limits)
     folder.check(config)
     from distributed_at.engine.runs.initial_weights import check_initial_weights
 
     if not folder.has_checkpoints:
         check_initial_weights(config)
 
-    _check_data(config)
+    _check_data(config, batch)
     say(f"run {config.name}: {workers} worker{'s' if workers > 1 else ''}, folder {folder.root}")
     return run_workers(args.words, workers, folder.logs)
 
 
-def _check_data(config: RunConfig) -> None:
+def _check_data(config: RunConfig, batch: BatchPlan) -> None:
     """Tell once, before any worker starts and anything is written, what the data cannot give."""
     from distributed_at.data.order import StepOrder
     from distributed_at.data.sources import open_split
     from distributed_at.engine.runs.data import look_at_data
+    from distributed_at.plan_warnings import refuse_lone_image
 
     with open_split(config.data, "train", seed=config.seed) as source:
         look_at_data(config, source)
         StepOrder(source.num_samples, config.train.batch_size, seed=config.seed, drop_last=config.train.drop_last)
+        refuse_lone_image(
+            config, batch, num_train=source.num_samples, num_classes=config.data.num_classes or source.num_classes
+        )
     if config.evaluation.validation:
         open_split(config.data, "validation", seed=config.seed).close()

@@ -41,8 +41,8 @@ class Arrays:
 Read = Callable[[Path | None, Published, int, Warn | None], Arrays]
 
 
-def from_arrays(read: Read, *, needs_path: bool = False) -> Opener:
-    """Return the ``open`` of a ``Dataset`` whose published splits ``read`` reads."""
+def from_arrays(read: Read, *, files: str | None = None) -> Opener:
+    """Return the ``open`` of a ``Dataset`` whose published splits ``read`` reads, from ``files`` of a folder if any."""
 
     def opened(
         config: DataConfig,
@@ -63,8 +63,9 @@ def from_arrays(read: Read, *, needs_path: bool = False) -> Opener:
         classes = facts.classes or config.num_classes
         if classes is None:
             raise DataError(f"data set {name!r} does not say its number of classes: give data.num_classes")
-        if needs_path and config.path is None:
-            raise DataError(f"data.path is null: {name} needs the folder that holds its files")
+        if files is not None and config.path is None:
+            fetch = "" if facts.fetch is None else "; with data.download=true its publisher's are fetched into it"
+            raise DataError(f"data.path is null: give data.path=FOLDER, which holds {files}{fetch}")
         path = None if config.path is None else Path(config.path).expanduser()
         if config.download and path is not None:
             download(name, path)

@@ -155,7 +155,8 @@ def _arrays(dataset: str) -> Opener:
         assert path is not None
         return Arrays(*read_cifar(path, dataset, split, warn=warn))
 
-    return from_arrays(read, needs_path=True)
+    layout = LAYOUTS[dataset]
+    return from_arrays(read, files=f"{layout.python_folder}/ or {layout.binary_folder}/")
 
 
 open_cifar10, open_cifar100 = _arrays("cifar10"), _arrays("cifar100")

@@ -67,4 +67,4 @@ def _read(path: Path | None, split: str, image_size: int, warn: Callable[[str, s
     return Arrays(*read_svhn(path, split, warn=warn))
 
 
-open_svhn = from_arrays(_read, needs_path=True)
+open_svhn = from_arrays(_read, files="train_32x32.mat and test_32x32.mat")

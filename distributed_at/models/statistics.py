@@ -105,6 +105,25 @@ def _saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return total
 
 
+def trains_on_one_image(config: ModelConfig, *, num_classes: int, image_size: int) -> bool:
+    """Whether every batch norm of the network has more than one value a channel to normalise where it sees one image.
+
+    A norm behind the last pooling has not, nor has one whose maps have shrunk to a single pixel: torch refuses those.
+    """
+    with torch.device("meta"):
+        model = build_model(config, num_classes=num_classes, image_size=image_size)
+        x = torch.empty(1, IMAGE_CHANNELS, image_size, image_size)
+    draw = Draw(torch.zeros(1, dtype=torch.int64, device="meta"), epoch=0, seed=0)
+    try:
+        with torch.no_grad(), drawing(model, draw):
+            model.train()(x)
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            return False
+        raise
+    return True
+
+
 def measure(config: ModelConfig, *, num_classes: int, image_size: int) -> ModelStatistics:
     """Return the size and the cost of a network for images of ``image_size`` pixels a side.
 

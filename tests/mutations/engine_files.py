@@ -217,8 +217,8 @@ PROCESSES: tuple[Mutation, ...] = (
     Mutation(
         "a diverged rank's exit code hides behind those that lost it",
         "engine/processes/launch.py",
-        "told = next((c for c in own if c != EXIT_HANG), own[0] if own else None)",
-        "told = own[0] if own else None",
+        "key=lambda code: (code == EXIT_HANG, code != first_failure)",
+        "key=lambda code: code != first_failure",
         _LAUNCH + "test_the_code_of_several_failing_ranks_is_the_one_that_explains_most",
     ),
     Mutation(

@@ -56,6 +56,7 @@ class RunFolder:
         raise ConfigError(
             f"run folder {self.root} holds another recipe; it differs in\n{differences}\n"
             "Give this run another name (name=...) or folder (--run-folder), or remove the old one."
+            + (f" To train its weights on: name=NEW train.init_from={self.root}" if self.has_checkpoints else "")
         )
 
     def load_config(self) -> RunConfig:
