@@ -11,6 +11,7 @@ from distributed_at.catalogue.attacks import ATTACK_TARGETS
 from distributed_at.catalogue.networks import is_foreign
 from distributed_at.config import AttackConfig, RunConfig
 from distributed_at.engine.batching import BatchPlan
+from distributed_at.engine.processes.open_files import files_needed
 from distributed_at.errors import ConfigError
 from distributed_at.evaluation.kinds import KINDS
 from distributed_at.models.statistics import trains_on_one_image
@@ -18,6 +19,7 @@ from distributed_at.objectives import OBJECTIVES
 
 # Below this a ResNet's attack step is bound by kernel launches rather than by the GPU.
 _SMALL_MICRO_BATCH = 24
+_USUAL_FILES = 1024  # ulimit -n of most systems
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,15 @@ def _batch(config: RunConfig, batch: BatchPlan, num_train: int, has_batch_norm: 
                 "small_micro_batch",
                 f"{batch.micro_batch} images a forward do not fill a modern GPU; "
                 "kernel launches, not arithmetic, will set the pace",
+            )
+        )
+    needed = files_needed(batch.world_size, "cuda")
+    if needed > _USUAL_FILES:
+        found.append(
+            (
+                "open_files",
+                f"{batch.world_size} ranks need up to {needed} open files each; the usual limit is {_USUAL_FILES} and is "
+                "raised as far as ulimit -Hn goes, which must reach that",
             )
         )
     last = _lone_image(config, batch, num_train)

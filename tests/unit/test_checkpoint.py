@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,26 @@ def test_any_damage_to_any_file_is_found_and_the_previous_checkpoint_used(tmp_pa
     assert m.save(2, state(2), {}).ok
     assert len(files.quarantined(tmp_path)) == 1
     assert m.latest_good() == tmp_path / "step_00000002"
+
+
+def test_folder_renamed_to_a_later_step_is_not_taken_for_it(tmp_path):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step_00000001").rename(tmp_path / "step_00000900")
+    events: list = []
+    assert manager(tmp_path, events).latest_good() == tmp_path / "step_00000002"
+    assert "manifest.json is of step 1: the folder was renamed" in events[0][1]["message"]
+
+
+def test_rubbish_under_a_manifest_that_vouches_for_it_gives_way_to_the_one_before(tmp_path):
+    saved(tmp_path, 1, 2)
+    folder = tmp_path / "step_00000002"
+    (folder / ".metadata").write_bytes(b"rubbish")
+    manifest = files.read_manifest(folder)
+    listed = {**manifest.files, ".metadata": files.hash_file(folder / ".metadata")}
+    files.write_manifest(folder, replace(manifest, files=listed))
+    events: list = []
+    assert manager(tmp_path, events).latest_good() == tmp_path / "step_00000001"
+    assert ".metadata cannot be read" in events[0][1]["message"]
 
 
 def test_every_single_byte_of_the_manifest_is_protected(tmp_path):

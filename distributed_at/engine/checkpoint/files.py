@@ -134,6 +134,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadCheckpoint(f"{MANIFEST} cannot be parsed: {type(error).__name__}: {error}") from None
+    named = STEP_NAME.fullmatch(folder.name)
+    if named is not None and int(named[1]) != manifest.step:
+        raise BadCheckpoint(f"{MANIFEST} is of step {manifest.step}: the folder was renamed")
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name):
             raise BadCheckpoint(f"{MANIFEST} names a file that no checkpoint has: {name!r}")

@@ -306,7 +306,7 @@ class CheckpointManager:
         candidates = files.list_steps(self.root) + files.half_replaced(self.root)
         for _, folder in sorted(candidates, reverse=True):
             try:
-                files.verify(folder)
+                SafeReader(folder, files.verify(folder)).read_metadata()  # a list that is right may be of rubbish
             except BadCheckpoint as bad:
                 reasons.append((folder.name, str(bad)))
                 if bad.certain or fresh:

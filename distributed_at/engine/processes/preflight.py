@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distributed_at.engine.processes.open_files import files_allowed, files_needed
 from distributed_at.engine.processes.world import World, gather_all
 from distributed_at.findings import BROKEN, OK, SLOW, Finding
 
@@ -43,6 +44,7 @@ def examine_ranks(
         _speed(world, hosts),
         _bandwidth(world, size),
         _clocks(world, hosts),
+        _open_files(world, hosts),
         *_files(world, hosts, folder, size),
         _same(world, hosts, "versions", _versions(), "install the same environment on all nodes"),
         _same(world, hosts, "code", {"sources": _source_hash()}, "use one checkout or one image on all nodes"),
@@ -151,6 +153,17 @@ def _clocks(world: World, hosts: list[str]) -> Finding:
         worst = max(range(len(offsets)), key=lambda r: abs(offsets[r] - statistics.median_low(offsets)))
         return Finding("clocks", SLOW, f"apart by {skew:.1f} s: {_where(worst, hosts)}", "start chrony or ntpd there")
     return Finding("clocks", OK, f"within {skew * 1e3:.0f} ms")
+
+
+def _open_files(world: World, hosts: list[str]) -> Finding:
+    needed = files_needed(world.world_size, world.device.type)
+    allowed = gather_all(files_allowed(), world)
+    low = [r for r, limit in enumerate(allowed) if limit < 2 * needed]
+    told = f"up to {needed} a rank; {min(allowed)} are allowed"
+    if low:
+        fix = "raise ulimit -Hn, e.g. LimitNOFILE of the scheduler's daemon"
+        return Finding("open files", SLOW, f"{told}, which leaves little: {_where(low[0], hosts)}", fix)
+    return Finding("open files", OK, told)
 
 
 def _files(world: World, hosts: list[str], folder: Path, size: int) -> list[Finding]:
