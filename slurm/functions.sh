@@ -2,6 +2,7 @@
 # Nothing here is for GPUs or for one site alone; what a site must say stands in the sbatch files and in README.md.
 
 MOST_CRASHES_WITHOUT_PROGRESS=3
+ASK_SECONDS=${ASK_SECONDS:-60} # that a scheduler may leave a question without an answer
 
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
@@ -53,22 +54,45 @@ run_step() {
   log "step ended with exit code $code"
 }
 
-# Whether the job is still this scheduler's to run: not while it is cancelled, requeued or preempted by others.
-is_running() { scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; }
+# This job's state, empty where the scheduler does not tell it within $ASK_SECONDS: a controller may be restarting.
+job_state() {
+  local end=$((SECONDS + ASK_SECONDS)) state
+  command -v scontrol >/dev/null || return 1
+  while :; do
+    state=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+    [ -n "$state" ] && echo "$state" && return 0
+    [ "$SECONDS" -lt "$end" ] || return 1
+    sleep 5
+  done
+}
+
+# End with $code unless the job is still this scheduler's to run: not while it is cancelled, requeued or preempted by
+# others. $1 is the run folder.
+must_be_running() {
+  case $(job_state) in
+    RUNNING) return 0 ;;
+    '') log "not requeued: the scheduler could not be asked by scontrol whether this job still runs. Nothing is lost:" \
+      "the same sbatch command goes on at step $(newest_step "$1")" ;;
+    *) log "not requeued: the job was cancelled, or the scheduler requeues it by itself" ;;
+  esac
+  exit "$code"
+}
 
 # Requeue this job unless someone else decided about it; $1 is the run folder.
 requeue() {
+  local end
   if [ "$REQUEUE" = no ]; then
     log "not requeued (REQUEUE=no): the next job of the chain goes on"
     exit 0
   fi
-  if ! is_running; then
-    log "not requeued: the job was cancelled, or the scheduler requeues it by itself"
-    exit "$code"
-  fi
+  must_be_running "$1"
   find_bad_nodes "$1"
   log "requeued at step $(newest_step "$1")"
-  scontrol requeue "$SLURM_JOB_ID" || exit "$code"
+  end=$((SECONDS + ASK_SECONDS))
+  until scontrol requeue "$SLURM_JOB_ID"; do
+    [ "$SECONDS" -lt "$end" ] || exit "$code"
+    sleep 5
+  done
   exclude_bad_nodes
   sleep 60 # until the scheduler ends this start
   exit "$code"
@@ -138,10 +162,7 @@ finish() {
       exit "$code"
       ;;
   esac
-  if ! is_running; then
-    log "not requeued: the job was cancelled, or the scheduler requeues it by itself"
-    exit "$code"
-  fi
+  must_be_running "$1"
   note_bad_nodes "$1"
   if may_start_again "$1"; then
     requeue "$1"
@@ -157,6 +178,10 @@ train() {
   if is_finished "$folder"; then
     log "$folder has come to its end: nothing to do"
     exit 0
+  fi
+  if [ "$REQUEUE" != no ] && ! command -v scontrol >/dev/null; then
+    log "there is no scontrol on this node: this job cannot requeue itself. Nothing is lost at its end, but it must be" \
+      "submitted again by hand; slurm/chain.sh submits jobs that follow one another"
   fi
   tasks=$("$PYTHON" -m distributed_at plan "$@" --fit-workers "$SLURM_NTASKS") || exit $?
   log "train $* in $folder: $tasks of $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST, from step $(newest_step "$folder")"

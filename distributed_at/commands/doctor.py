@@ -149,6 +149,8 @@ def _autoattack() -> Finding:
 
 
 def _cluster() -> Finding:
+    if (shutil.which("sbatch") or "SLURM_JOB_ID" in os.environ) and not shutil.which("scontrol"):
+        return Finding("slurm", SLOW, "no scontrol here: jobs cannot requeue themselves", "use slurm/chain.sh")
     if shutil.which("sbatch"):
         return Finding("slurm", OK, os.environ.get("SLURM_JOB_ID", "sbatch found, no job"))
     return Finding("slurm", ABSENT, "no sbatch here", "")
