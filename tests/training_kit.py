@@ -76,6 +76,9 @@ class StopAtStep:
         self._left -= 1
         return self._left <= 0
 
+    def set_up_is_over(self) -> None:
+        """Nothing waits for it here."""
+
 
 @functools.cache
 def _world() -> World:
