@@ -93,7 +93,8 @@ def in_terminal(words: list[str]) -> tuple[int, int]:
 
 def test_closed_terminal_is_a_request_to_stop_and_the_run_saves(tmp_path):
     folder = tmp_path / "run"
-    words = [word for word in LAUNCHER if word != "--quiet"]  # so that it prints on the terminal that goes
+    # it prints on the terminal that goes, and is not at its end by then
+    words = with_words([word for word in LAUNCHER if word != "--quiet"], "train.epochs=6000")
     process, terminal = in_terminal([*words, "--run-folder", str(folder)])
     path = folder / "events.jsonl"
     wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 8, "8 events", processes=[process])
@@ -107,14 +108,14 @@ def test_closed_terminal_is_a_request_to_stop_and_the_run_saves(tmp_path):
 
     wait_until(ended, "the launcher's end")
     assert code == [EXIT_REQUEUE], (folder / "log").exists() and [p.read_text() for p in (folder / "log").iterdir()]
-    assert 0 < checkpoint_step(folder) < 180
+    assert 0 < checkpoint_step(folder) < 18000
     assert last_event(folder)["reason"] == "stopped"
 
 
 @pytest.mark.slow
 def test_run_under_nohup_outlives_its_terminal(tmp_path):
     folder = tmp_path / "run"
-    process = start(["nohup", *LAUNCHER], folder)
+    process = start(["nohup", *with_words(LAUNCHER, "train.epochs=6000")], folder)
     wait_rows(process, folder, 5)
     process.send_signal(signal.SIGHUP)
     os.kill(rank_process(folder, 1), signal.SIGHUP)

@@ -42,7 +42,7 @@ def test_differences_between_ranks_are_named(tmp_path):
     assert first.keys() == second.keys()
     sound = first["sound"]
     assert {part: state for part, (state, _) in sound.items() if part not in ("space", "compute")} == dict.fromkeys(
-        ("devices", "all-reduce", "clocks", "files", "versions", "code", "recipe"), OK
+        ("devices", "all-reduce", "clocks", "open files", "files", "versions", "code", "recipe"), OK
     )
     assert first["recipe"]["recipe"][0] == BROKEN
     assert "rank 1 on" in first["recipe"]["recipe"][1]
