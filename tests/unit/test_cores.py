@@ -142,6 +142,7 @@ def test_ranks_of_a_container_share_its_quota(monkeypatch: pytest.MonkeyPatch, t
     [
         pytest.param(12, 96, 12, id="each rank to cores of its own"),
         pytest.param(48, 96, 12, id="each rank to its half of the machine"),
+        pytest.param(8, 96, 8, id="each rank to fewer than its part"),
         pytest.param(96, 96, 12, id="unbound"),
     ],
 )
