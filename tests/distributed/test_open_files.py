@@ -57,7 +57,8 @@ def counted(folder: Path, world_size: int, soft_limit: int) -> list[tuple[int, i
     return [(int(files), int(sockets)) for files, sockets in found]
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), pytest.param((4, 8, 16), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 8, 16)])
 def test_open_files_grow_by_four_a_peer_and_stay_below_what_is_asked_for(
     tmp_path: Path, sizes: tuple[int, ...]
 ) -> None:

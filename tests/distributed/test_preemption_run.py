@@ -124,6 +124,7 @@ def test_run_under_nohup_outlives_its_terminal(tmp_path):
     assert last_event(folder)["step"] >= 20
 
 
+@pytest.mark.slow
 def test_ranks_of_an_evaluation_end_with_their_launcher(tmp_path):
     folder = tmp_path / "run"
     assert finish(start(with_words(LAUNCHER[:-1], "1", "train.epochs=3"), folder), folder)[0] == 0
