@@ -1,8 +1,11 @@
-"""Images a second of several workers that decode at once: each with the threads of the whole machine, or of its share.
+"""Images a second of several workers that decode at once: each with the threads of all cores, or of its share.
 
-    python -m benchmarks.shared_cores FOLDER [--workers 2] [--rounds 5]
+    python -m benchmarks.shared_cores FOLDER [--workers 2] [--rounds 25] [--backend dali_cpu]
 
-FOLDER holds class folders of JPEGs in train/. Rounds alternate; the first setting is measured twice a round as a control.
+FOLDER holds train/ and val/ of class folders with JPEGs. The workers of both kinds stay alive and wait; in every round, in
+random order, those of one kind read the same views at once, and the round's time is that of the slowest. Workers with a
+share have the environment that the launcher gives its own, and find their number of threads themselves. Processor time an
+image is the least of some passes. Writes results/shared_cores.json.
 """
 
 from __future__ import annotations
@@ -11,51 +14,62 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
-from statistics import median
 
 from benchmarks import common
-from distributed_at.cores import core_share
+from benchmarks.loader import processor_time
+from distributed_at.cores import allowed_cores
+from distributed_at.engine.processes.launch import worker_environment
 
 READ = """
-import sys, time
+import sys
 import numpy as np
 from distributed_at.config import AugmentConfig, DataConfig
 from distributed_at.data import open_split
-folder, threads, seconds, backend = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+from distributed_at.data.machine import decoder_threads
+folder, threads, batches, backend = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 config = DataConfig(dataset="folder", path=folder, image_size=224, backend=backend, num_threads=threads,
                     augment=AugmentConfig(crop="random_resized", flip=True))
 with open_split(config, "train", seed=0) as source:
-    ids = np.resize(source.sample_ids, 32)
-    source.read(ids, epoch=0, train=True)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    begun, read, epoch = time.monotonic(), 0, 1
-    while time.monotonic() - begun < seconds:
-        source.read(ids, epoch=epoch, train=True)
-        read, epoch = read + len(ids), epoch + 1
-    print(read / (time.monotonic() - begun), flush=True)
+    ids = np.resize(source.sample_ids, 32 * batches).reshape(batches, 32)
+    print(decoder_threads(threads), flush=True)
+    for _ in sys.stdin:
+        for part in ids:
+            source.read(part, epoch=1, train=True)
+        print("read", flush=True)
 """
 
 
-def together(folder: Path, workers: int, threads: int, seconds: float, backend: str) -> float:
-    """Return the images a second of all workers together."""
-    words = [sys.executable, "-c", READ, str(folder), str(threads), str(seconds), backend]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    readers = [
-        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(workers)
-    ]
-    for reader in readers:
+class Workers:
+    """Processes that each read the same images when told to."""
+
+    def __init__(self, folder: Path, workers: int, threads: int, batches: int, backend: str) -> None:
+        words = [sys.executable, "-c", READ, str(folder), str(threads), str(batches), backend]
+        self._readers = [
+            subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env=worker_environment(rank, workers, 0, {**os.environ, "OMP_NUM_THREADS": "1"}),
+            )
+            for rank in range(workers)
+        ]  # fmt: skip
+        self.threads = [int(self._answer(reader)) for reader in self._readers]
+        self.processes = [reader.pid for reader in self._readers]
+
+    def read(self) -> None:
+        for reader in self._readers:
+            assert reader.stdin is not None
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+        for reader in self._readers:
+            self._answer(reader)
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.communicate()
+
+    def _answer(self, reader: subprocess.Popen[str]) -> str:
         assert reader.stdout is not None
-        assert reader.stdout.readline() == "ready\n"
-    for reader in readers:
-        assert reader.stdin is not None
-        reader.stdin.write("\n")
-        reader.stdin.flush()
-    rates = [float(reader.communicate()[0]) for reader in readers]
-    return sum(rates)
+        return reader.stdout.readline()
 
 
 def main() -> None:
@@ -63,34 +77,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--batches", type=int, default=8, help="of 32 images, read by each worker in a round")
     parser.add_argument("--backend", default="dali_cpu", choices=("dali_cpu", "pil"))
     arguments = parser.parse_args()
     before = common.environment()
-    share = max(1, core_share() // arguments.workers)
-    settings = {"whole machine each": core_share(), "whole machine each, again": core_share(), "a share each": share}
-    rates: dict[str, list[float]] = {name: [] for name in settings}
-    for _ in range(arguments.rounds):
-        for name, threads in settings.items():
-            rates[name].append(
-                together(arguments.folder, arguments.workers, threads, arguments.seconds, arguments.backend)
-            )
-        time.sleep(0.2)
-    first = rates["whole machine each"]
+    images = arguments.workers * arguments.batches * 32
+    threads = {"all cores each": allowed_cores(), "a share each": 0}
+    kinds = {
+        name: Workers(arguments.folder, arguments.workers, number, arguments.batches, arguments.backend)
+        for name, number in threads.items()
+    }
+    comparison = common.compare(
+        {name: workers.read for name, workers in kinds.items()},
+        baseline="all cores each", rounds=arguments.rounds, warm_up=1,
+    )  # fmt: skip
     result = {
         name: {
-            "threads": settings[name],
-            "images_per_second": [round(v, 1) for v in values],
-            "median": round(median(values), 1),
-            "over the first": round(median(v / f for v, f in zip(values, first, strict=True)), 3),
+            "threads": workers.threads,
+            "images_per_second": round(images / comparison.timings[name].median, 1),
+            "processor_milliseconds_per_image": processor_time(workers.read, workers.processes, images),
         }
-        for name, values in rates.items()
+        for name, workers in kinds.items()
     }
+    for workers in kinds.values():
+        workers.close()
     for name, row in result.items():
-        print(f"{name:28s} {row['threads']} threads  {row['median']:8.1f} images/s  x{row['over the first']}")
+        print(
+            f"{name:16s} threads {row['threads']}  {row['images_per_second']} images/s  "
+            f"{row['processor_milliseconds_per_image']} ms of processor an image"
+        )
+    print(f"a share over all cores {comparison.ratios['a share each']}, A/A control {comparison.control}", end="")
+    print("" if comparison.trusted else "  NOT TRUSTED: the machine was too busy")
     setting = {k: v for k, v in vars(arguments).items() if k != "folder"}
-    print(common.write_result("shared_cores", {"setting": setting, "results": result}, before=before))
+    content = {"setting": setting, "results": result, "comparison": comparison}
+    print(common.write_result("shared_cores", content, before=before))
 
 
 if __name__ == "__main__":

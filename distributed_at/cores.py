@@ -12,22 +12,39 @@ from pathlib import Path
 def core_share(environ: Mapping[str, str] = os.environ, *, root: Path = Path("/")) -> int:
     """Return the cores of this rank, at least 1.
 
-    Allowed are the process's affinity and its control group's quota. The ranks of a node share them, as many as torchrun's
-    and our launcher's LOCAL_WORLD_SIZE, DeepSpeed's LOCAL_SIZE or srun's tasks a node say. srun may have bound a
-    task to cores of its own: then these are its share already.
+    The ranks that a launcher started here share what it was allowed: as many as torchrun's and our LOCAL_WORLD_SIZE or
+    DeepSpeed's LOCAL_SIZE say. A launcher may have bound each to cores of its own (DeepSpeed's --bind_cores_to_rank,
+    torchrun's --numa-binding): then these are its share already, and are not divided again.
 
     Args:
         environ: of the process.
         root: where /proc and /sys are.
     """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks, pool = _launched_here(environ), affinity
-    if ranks is None and _is_task(environ):
-        ranks, pool = _tasks_here(environ), _number(environ.get("SLURM_CPUS_ON_NODE")) or affinity
+    ranks = _launched_here(environ)
+    if ranks is None:
+        return allowed_cores(environ, root=root)
+    return max(1, min(_affinity(0), allowed_cores(environ, root=root, process=os.getppid()) // ranks))
+
+
+def allowed_cores(environ: Mapping[str, str] = os.environ, *, root: Path = Path("/"), process: int = 0) -> int:
+    """Return the cores of a process and the ranks that it starts, together, at least 1.
+
+    The least of its affinity, its control group's quota and what SLURM gave. srun's tasks on a node share the quota and,
+    without SLURM_CPUS_PER_TASK, the step's cores. srun may have bound a task to cores of its own: these are not divided.
+
+    Args:
+        environ: of the process.
+        root: where /proc and /sys are.
+        process: whose affinity counts; 0 = this one's.
+    """
+    affinity, tasks = _affinity(process), 1
+    pool = _number(environ.get("SLURM_CPUS_ON_NODE")) or affinity
+    if _is_task(environ):
+        tasks = _tasks_here(environ)
         if per_task := _number(environ.get("SLURM_CPUS_PER_TASK")):
-            pool = per_task * ranks
+            pool = per_task * tasks
     pool = min(pool, cpu_quota(root) or pool)
-    return max(1, min(affinity, pool // (ranks or 1)))
+    return max(1, min(affinity, pool // tasks))
 
 
 def cpu_quota(root: Path = Path("/")) -> int | None:
@@ -40,16 +57,18 @@ def cpu_quota(root: Path = Path("/")) -> int | None:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, limit = root / "sys/fs/cgroup", _limit_of_v2
+            bases, limit = [root / "sys/fs/cgroup"], _limit_of_v2
         elif "cpu" in controllers.split(","):
-            base, limit = root / "sys/fs/cgroup" / controllers, _limit_of_v1
+            # "cpuacct,cpu" may be mounted as "cpu,cpuacct", with a link from "cpu"
+            bases, limit = [root / "sys/fs/cgroup" / name for name in {controllers, "cpu"}], _limit_of_v1
         else:
             continue
-        folder = base / path.strip("/")
-        for each in (folder, *folder.parents):
-            found.append(limit(each))
-            if each == base:
-                break
+        for base in bases:
+            folder = base / path.strip("/")
+            for each in (folder, *folder.parents):
+                found.append(limit(each))
+                if each == base:
+                    break
     return min((max(1, math.floor(cores)) for cores in found if cores is not None), default=None)
 
 
@@ -74,8 +93,14 @@ def _is_task(environ: Mapping[str, str]) -> bool:
     return "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "batch").isdigit()
 
 
+def _affinity(process: int) -> int:
+    return len(os.sched_getaffinity(process)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _launched_here(environ: Mapping[str, str]) -> int | None:
-    """Return how many ranks a launcher started on this machine, None where none did."""
+    """Return how many ranks a launcher started on this machine, None where none did, or where srun's tasks are the ranks."""
+    if _is_task(environ) and environ.get("WORLD_SIZE", "") == environ.get("SLURM_STEP_NUM_TASKS"):
+        return None
     return _number(environ.get("LOCAL_WORLD_SIZE")) or _number(environ.get("LOCAL_SIZE"))
 
 

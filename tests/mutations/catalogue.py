@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutations import (
+    cores,
     data,
     engine,
     engine_files,
@@ -37,6 +38,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *observe.MUTATIONS,
     *objectives.MUTATIONS,
     *meaning.MUTATIONS,
+    *cores.MUTATIONS,
     *whole_runs.MUTATIONS,
     *words.MUTATIONS,
 )

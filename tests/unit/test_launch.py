@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from distributed_at.cores import allowed_cores
 from distributed_at.engine.processes.launch import (
     _wait,
     available_workers,
@@ -72,7 +73,7 @@ def test_workers_must_be_a_positive_number(text):
 
 
 def test_workers_share_the_cores_unless_told_otherwise():
-    assert worker_environment(1, 2, 29500, {"PATH": "/bin"})["OMP_NUM_THREADS"] == str(max(1, os.cpu_count() // 2))
+    assert worker_environment(1, 2, 29500, {"PATH": "/bin"})["OMP_NUM_THREADS"] == str(max(1, allowed_cores({}) // 2))
     assert worker_environment(1, 2, 29500, {"PATH": "/bin", "OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
 
 

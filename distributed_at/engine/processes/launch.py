@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distributed_at.cores import core_share
+from distributed_at.cores import allowed_cores
 from distributed_at.engine.processes.preemption import leave_terminal, stop_signals
 from distributed_at.errors import EXIT_HANG, ConfigError
 
@@ -124,7 +124,7 @@ def worker_environment(rank: int, workers: int, port: int, environ: Mapping[str,
     # DeepSpeed and torch look for ninja and the console scripts on PATH; a venv may not be activated.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     if "OMP_NUM_THREADS" not in env:
-        env["OMP_NUM_THREADS"] = str(core_share(env))
+        env["OMP_NUM_THREADS"] = str(max(1, allowed_cores(env) // workers))
     return env
 
 

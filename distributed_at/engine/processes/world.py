@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from distributed_at.cores import core_share
 from distributed_at.engine.processes.launch import detect_rank
 from distributed_at.engine.processes.open_files import allow_files
 from distributed_at.engine.processes.rendezvous import meet, set_up_is_over, watch_for_refusals
@@ -54,6 +55,8 @@ def initialise_world(timeout_seconds: float = 1800.0) -> World:
     found = detect_rank()
     rank, local_rank, world_size = (found.rank, found.local_rank, found.world_size) if found else (0, 0, 1)
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    if "OMP_NUM_THREADS" not in os.environ:  # srun and DeepSpeed's launcher set none: each rank would take all cores
+        torch.set_num_threads(min(torch.get_num_threads(), core_share()))
     allow_files(world_size, "cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.is_available():
         # srun with --gpus-per-task shows one GPU to each task, which is then device 0
