@@ -150,3 +150,19 @@ def test_ports_lie_below_those_that_systems_give_to_outgoing_connections() -> No
             ports = {one.getsockname()[1], other.getsockname()[1]}
         assert len(ports) == 2
         assert all(FIRST_PORT <= port < FIRST_PORT + PORTS for port in ports)
+
+
+def test_process_that_ends_while_it_looks_ends_with_its_own_exit_code() -> None:
+    """As gloo's threads: one that comes back from C++ to an interpreter that is ending aborts the process."""
+    program = (
+        "import time, torch.distributed as dist\n"
+        "from distributed_at.engine.processes import rendezvous\n"
+        "from distributed_at.engine.processes.launch import Rank, free_port\n"
+        "rendezvous._LOOK_SECONDS = 0.0\n"
+        "store = dist.TCPStore('127.0.0.1', free_port(), None, True, wait_for_workers=False)\n"
+        "rendezvous.watch_for_refusals(store, Rank(0, 0, 2, 'self'))\n"
+        "time.sleep(0.3)\n"
+    )
+    begun = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    ends = [(process.communicate()[1][-300:], process.returncode) for process in begun]
+    assert [code for _, code in ends] == [0] * 4, ends

@@ -263,6 +263,13 @@ PROCESSES: tuple[Mutation, ...] = (
         "seen = None",
         "tests/unit/test_failures.py::test_a_lost_rank_is_recognised_behind_the_errors_that_it_caused",
     ),
+    Mutation(
+        "a process ends while its thread still asks the store",
+        "engine/processes/rendezvous.py",
+        "        atexit.register(stop_looking)\n",
+        "",
+        "tests/distributed/test_refusals.py::test_process_that_ends_while_it_looks_ends_with_its_own_exit_code",
+    ),
 )
 
 MUTATIONS: tuple[Mutation, ...] = (*FILES, *PROCESSES)

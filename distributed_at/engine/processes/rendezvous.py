@@ -7,6 +7,7 @@ is over, and ends with the message and the exit code of the rank that refused.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import json
@@ -69,6 +70,7 @@ class Refusals:
     """
 
     def __init__(self, store: dist.Store, rank: Rank) -> None:
+        self._first = store  # on rank 0 it is what serves the others
         self._store = store.clone()
         self._rank = rank
         self._over = threading.Event()
@@ -119,6 +121,13 @@ def watch_for_refusals(store: dist.Store, rank: Rank) -> None:
     global _refusals
     if rank.world_size > 1:
         _refusals = Refusals(store, rank).watch()
+        atexit.register(stop_looking)
+
+
+def stop_looking() -> None:
+    """End the thread: one that still asks the store when the interpreter ends aborts the process. A word can still be left."""
+    if _refusals is not None:
+        _refusals.close()
 
 
 def set_up_is_over() -> None:

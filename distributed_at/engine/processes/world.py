@@ -17,7 +17,7 @@ import torch.distributed as dist
 from distributed_at.cores import core_share
 from distributed_at.engine.processes.launch import detect_rank
 from distributed_at.engine.processes.open_files import allow_files
-from distributed_at.engine.processes.rendezvous import meet, set_up_is_over, watch_for_refusals
+from distributed_at.engine.processes.rendezvous import meet, set_up_is_over, stop_looking, watch_for_refusals
 from distributed_at.groups import forget_groups
 
 T = TypeVar("T")
@@ -86,6 +86,7 @@ def shutdown_world(*, together: bool = True) -> None:
     ``together``: all ranks come here, so they wait for each other. After a failure of this rank alone nobody is waited
     for, and NCCL's communicator is left to the process's end, because taking it down can block.
     """
+    stop_looking()
     if not dist.is_initialized():
         return
     if together:
