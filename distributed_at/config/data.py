@@ -80,6 +80,8 @@ class DataConfig(Strict):
         if self.download and self.facts.fetch is None:
             fetched = ", ".join(name for name in DATASETS if DATASETS[name].fetch is not None)
             raise ValueError(f"download fetches {fetched}; '{self.dataset}' has to be brought")
+        if self.resize == "opencv" and not self.facts.folder:
+            raise ValueError(f"resize is the kernel of image folders; '{self.dataset}' is not resized by it")
         if self.resize == "opencv" and self.backend == "dali_gpu":
             raise ValueError("resize 'opencv' is a kernel of the CPU decoders: set backend dali_cpu, pil or auto")
         if self.test_size is not None and self.facts.test is not None:

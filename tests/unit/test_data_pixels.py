@@ -249,7 +249,9 @@ def test_a_folders_kernel_is_the_recipes_and_its_protocols_name_it(photographs: 
     assert told == {"antialiased": "bicubic, antialiased", "opencv": "bicubic as OpenCV's, not antialiased"}
 
 
-def test_opencv_kernel_on_the_gpu_is_refused() -> None:
+def test_opencv_kernel_is_refused_where_nothing_would_use_it() -> None:
+    with pytest.raises(ValidationError, match="resize is the kernel of image folders; 'cifar10' is not resized by it"):
+        DataConfig(dataset="cifar10", image_size=32, resize="opencv")
     with pytest.raises(ValidationError, match="resize 'opencv' is a kernel of the CPU decoders"):
         DataConfig(dataset="imagenet", image_size=8, resize="opencv", backend="dali_gpu")
 
