@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -121,6 +123,27 @@ def test_hang_up_asks_to_stop_unless_it_is_ignored():
             assert (signal.SIGHUP in stop_signals()) is asked
         finally:
             signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_what_is_printed_on_a_terminal_that_is_gone_ends_nothing(gone):
+    """A user's own code may print between the signal and the save."""
+    program = (
+        "from distributed_at.engine.processes.preemption import leave_terminal\n"
+        "input()\nleave_terminal()\nprint('still here', flush=True)\n"
+    )
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    if gone:
+        os.close(ours)
+    process.communicate(b"\n", timeout=120)
+    assert process.returncode == 0
+    if not gone:
+        assert b"still here" in os.read(ours, 100)
+        os.close(ours)
 
 
 def test_all_ranks_stop_at_the_same_step_and_slow_ranks_are_named(tmp_path):

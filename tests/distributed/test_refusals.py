@@ -73,7 +73,7 @@ def test_rank_that_refuses_in_set_up_ends_all_with_its_message(tmp_path: Path, r
     assert "lost another rank" not in text
     others = [p.read_text() for p in sorted((tmp_path / "run" / "log").glob("rank*.txt"))]
     assert f"rank {rank} on {socket.gethostname()}: this node has no such file" in (text if rank else others[0])
-    assert not (tmp_path / "run" / ".lock").exists()
+    assert not (tmp_path / "run" / "lock").exists()
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_term_is_heard_while_ranks_wait_for_one_that_is_still_being_set_up(tmp_p
     assert end_of(process) == EXIT_REQUEUE, told.read_text()
     assert time.monotonic() - asked < 25  # five of patience; the launcher would kill at 35
     assert "stopped while the run was being set up; nothing is lost" in told.read_text()
-    assert not (tmp_path / "run" / ".lock").exists()
+    assert not (tmp_path / "run" / "lock").exists()
     (tmp_path / "mended").touch()
     assert end_of(odd_run(tmp_path, "self", in_build=waits)[0]) == 0
 

@@ -270,6 +270,20 @@ PROCESSES: tuple[Mutation, ...] = (
         "",
         "tests/distributed/test_refusals.py::test_process_that_ends_while_it_looks_ends_with_its_own_exit_code",
     ),
+    Mutation(
+        "a rank that leaves at once keeps the run's lock",
+        "engine/run.py",
+        "            before_leaving(lock.release)\n",
+        "            pass\n",
+        "tests/distributed/test_refusals.py::test_rank_that_refuses_in_set_up_ends_all_with_its_message",
+    ),
+    Mutation(
+        "a terminal that is gone stays where a run prints",
+        "engine/processes/preemption.py",
+        "                os.dup2(null, number)\n",
+        "",
+        "tests/distributed/test_preemption.py::test_what_is_printed_on_a_terminal_that_is_gone_ends_nothing",
+    ),
 )
 
 MUTATIONS: tuple[Mutation, ...] = (*FILES, *PROCESSES)
