@@ -87,6 +87,7 @@ def in_terminal(words: list[str]) -> tuple[int, int]:
     """Start a command as a terminal's own session; return its process id and our side of the terminal."""
     process, ours = pty.fork()
     if not process:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may ignore it, as nohup does
         os.execve(words[0], words, {**os.environ, "OMP_NUM_THREADS": "1"})
     return process, ours
 
