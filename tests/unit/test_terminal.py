@@ -50,12 +50,21 @@ def test_streams_that_are_closed_or_not_files_are_left_alone(monkeypatch: pytest
     make_printable()
 
 
-@pytest.mark.parametrize("words", [["recipes"], ["plan", "digits/adversarial.yaml"], ["doctor"], ["recipes", "show"]])
-def test_verbs_print_on_an_ascii_stdout(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    words = [*words, "digits/adversarial.yaml"] if words[-1] == "show" else words
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [
+        (["recipes", "show", "digits/adversarial.yaml", "description=robust – é"], 0, "description: robust - e"),
+        (["recipes", "show", "digits/adversarial.yaml", "description=…"], 0, "description: ..."),
+        (["plan", "dígits.yaml"], 2, "no recipe 'digits.yaml'"),
+    ],
+)
+def test_verbs_print_on_an_ascii_stdout(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, shown: str
+) -> None:
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
-    assert main(words) in (0, 3), streams[1].buffer.getvalue()
-    streams[0].flush()
-    assert streams[0].buffer.getvalue().decode("ascii")
+    assert main(words) == code
+    for stream in streams:
+        stream.flush()
+    assert shown in "".join(stream.buffer.getvalue().decode("ascii") for stream in streams)
