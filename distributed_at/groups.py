@@ -11,6 +11,8 @@ from typing import cast
 
 import torch.distributed as dist
 
+from distributed_at.exchange import connect
+
 _shared: dict[str, tuple[dist.ProcessGroup | None, dist.ProcessGroup]] = {}  # name -> the world it is of, group
 
 
@@ -19,6 +21,7 @@ def shared_group(name: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
     world = dist.group.WORLD
     if name not in _shared or _shared[name][0] is not world:
         _shared[name] = (world, cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=timeout)))
+        connect(_shared[name][1])
     return _shared[name][1]
 
 

@@ -156,13 +156,12 @@ def synchronise_groups(module: nn.Module, config: RunConfig, plan: BatchPlan, wo
     if config.model.sync_bn and world.world_size > 1:
         set_process_group(module, cast(dist.ProcessGroup, dist.group.WORLD))
     elif plan.ranks_per_group > 1:
-        mine = None
-        for first in range(0, world.world_size, plan.ranks_per_group):  # new_group is collective: all ranks make all
-            ranks = list(range(first, first + plan.ranks_per_group))
-            group = dist.new_group(ranks)
-            if world.rank in ranks:
-                mine = cast(dist.ProcessGroup, group)
-        set_process_group(module, mine)
+        first = world.rank - world.rank % plan.ranks_per_group
+        ranks = list(range(first, first + plan.ranks_per_group))
+        # made by its members alone: otherwise every rank would take part in making every group
+        group = cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))
+        dist.all_reduce(torch.zeros(1, device=world.device), group=group)  # connects them while a lost one is noticed
+        set_process_group(module, group)
 
 
 def _attack_work(

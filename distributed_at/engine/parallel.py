@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from distributed_at.batch import Batch
@@ -231,4 +232,6 @@ def _wrap(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(plan, parallel), dist_init_required=False
     )
+    if world.device.type == "cpu" and world.world_size > 1:  # its group's ring meets while a lost rank is noticed
+        dist.all_reduce(torch.zeros(1), group=engine.seq_data_parallel_group)
     return engine

@@ -18,7 +18,7 @@ from distributed_at.engine.processes.notes import Notes
 from distributed_at.engine.processes.preemption import StopListener, start_listening
 from distributed_at.engine.processes.rendezvous import refuse, set_up_is_over
 from distributed_at.engine.processes.watchdog import Watchdog, section_timeouts
-from distributed_at.engine.processes.world import World, import_deepspeed, initialise_world, shutdown_world
+from distributed_at.engine.processes.world import World, from_main, import_deepspeed, initialise_world, shutdown_world
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.lock import RunLock
 from distributed_at.engine.runs.views import remote_views
@@ -97,8 +97,6 @@ def run_worker(
 
 def _enter_folder(world: World, config: RunConfig, folder: RunFolder, fresh: bool) -> RunLock | None:
     """Take the run's lock and prepare its folder on rank 0; a refusal there ends every rank with the same message."""
-    import torch.distributed as dist
-
     refusal: UserError | None = None
     lock: RunLock | None = None
     if world.is_main:
@@ -110,12 +108,11 @@ def _enter_folder(world: World, config: RunConfig, folder: RunFolder, fresh: boo
                 folder.set_aside()
         except UserError as error:
             refusal = error
-    told: list[Any] = [refusal]
-    dist.broadcast_object_list(told, src=0, group=world.control)
-    if told[0] is not None:
+    told = from_main(refusal, world)
+    if told is not None:
         if lock is not None:
             lock.release()
-        raise told[0]
+        raise told
     return lock
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException  # not an Exception: it derives from BaseException
 
 from distributed_at.errors import first_line
+from distributed_at.exchange import connect, first_object, gather_objects
 
 T = TypeVar("T")
 SHOWN = 6  # reasons listed in one message
@@ -31,6 +32,15 @@ class Ranks:
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             timeout = datetime.timedelta(seconds=timeout_seconds)
             self.group = dist.new_group(backend="gloo", timeout=timeout)
+            connect(self.group)
+            self._connect_to_first()
+
+    def _connect_to_first(self) -> None:
+        """Connect every rank to rank 0, where torch's writer collects what each has to write."""
+        own = torch.zeros(1)
+        everyone = [torch.zeros(1) for _ in range(self.world_size)] if self.is_first else None
+        dist.gather(own, everyone, dst=0, group=self.group)
+        dist.scatter(own, everyone, src=0, group=self.group)
 
     @property
     def is_first(self) -> bool:
@@ -39,19 +49,11 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on all ranks."""
-        if not self.distributed:
-            return [value]
-        out: list[Any] = [None] * self.world_size
-        dist.all_gather_object(out, value, group=self.group)
-        return out
+        return gather_objects(value, self.group) if self.distributed else [value]
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value on all ranks."""
-        if not self.distributed:
-            return value
-        box: list[Any] = [value if self.is_first else None]
-        dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
-        return box[0]
+        return first_object(value, self.group) if self.distributed else value
 
     def failures(self, reason: str | None) -> list[str]:
         """Every rank's reason for failure, the same list on all ranks; empty where all succeeded."""

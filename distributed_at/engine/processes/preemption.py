@@ -178,16 +178,8 @@ def stop_requested() -> bool:
 def agree_max(flags: Sequence[int], *, group: Any = None) -> list[int]:
     """Element-wise maximum over all ranks of small integers: stop, save now, how bad the step was, all in one exchange.
 
-    ``group``: preferably a gloo group, so that no flag waits for the GPU. Without a process group, the flags themselves.
+    ``group``: a gloo group, so that no flag waits for the GPU. Without a process group, the flags themselves.
     """
-    import torch
-    import torch.distributed as dist
+    from distributed_at.exchange import largest
 
-    if not (dist.is_available() and dist.is_initialized()):
-        return list(flags)
-    device = "cpu"
-    if "gloo" not in str(dist.get_backend_config(group)):
-        device = f"cuda:{torch.cuda.current_device()}"
-    values = torch.tensor(list(flags), dtype=torch.int64, device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
-    return [int(v) for v in values.tolist()]
+    return largest(flags, group)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from distributed_at.engine.processes.open_files import files_allowed, files_needed
-from distributed_at.engine.processes.world import World, gather_all
+from distributed_at.engine.processes.world import World, from_main, gather_all
 from distributed_at.findings import BROKEN, OK, SLOW, Finding
 
 SLOWER = 1.5  # times the median: then a rank is named
@@ -156,10 +156,12 @@ def _clocks(world: World, hosts: list[str]) -> Finding:
 
 
 def _open_files(world: World, hosts: list[str]) -> Finding:
-    needed = files_needed(world.world_size, world.device.type)
+    size, device = world.world_size, world.device.type
+    needed = [files_needed(size, device, rank=r) for r in range(size)]
     allowed = gather_all(files_allowed(), world)
-    low = [r for r, limit in enumerate(allowed) if limit < 2 * needed]
-    told = f"up to {needed} a rank; {min(allowed)} are allowed"
+    low = [r for r, limit in enumerate(allowed) if limit < 2 * needed[r]]
+    others = f", {needed[-1]} on the others" if size > 1 else ""
+    told = f"up to {needed[0]} on rank 0{others}; {min(allowed)} are allowed"
     if low:
         fix = "raise ulimit -Hn, e.g. LimitNOFILE of the scheduler's daemon"
         return Finding("open files", SLOW, f"{told}, which leaves little: {_where(low[0], hosts)}", fix)
@@ -168,7 +170,7 @@ def _open_files(world: World, hosts: list[str]) -> Finding:
 
 def _files(world: World, hosts: list[str], folder: Path, size: int) -> list[Finding]:
     """Write a file a rank, read another rank's, and tell the speed and what is free."""
-    token = gather_all(f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}", world)[0]
+    token = from_main(f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}", world)
     probe = folder / f".preflight-{token}"
     failure: str | None = None
     if world.is_main:
@@ -176,7 +178,7 @@ def _files(world: World, hosts: list[str], folder: Path, size: int) -> list[Find
             probe.mkdir(parents=True)
         except OSError as error:
             failure = f"{folder}: {error.strerror}"
-    failure = gather_all(failure, world)[0]
+    failure = from_main(failure, world)
     if failure is not None:
         return [Finding("files", BROKEN, failure, "a folder that the job may write: --run-folder or RUNS")]
     try:

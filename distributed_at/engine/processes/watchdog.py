@@ -150,13 +150,10 @@ class StepTimes:
 
         ``least``: seconds a step by which a rank must be slower to be named.
         """
-        import torch.distributed as dist
+        from distributed_at.exchange import gather_objects
 
         own = (socket.gethostname(), statistics.median(self._seconds) if self._seconds else 0.0)
-        found: list[Any] = [own]
-        if dist.is_available() and dist.is_initialized():
-            found = [None] * dist.get_world_size(group)
-            dist.all_gather_object(found, own, group=group)
+        found = gather_objects(own, group)
         typical = statistics.median_low([seconds for _, seconds in found])
         if typical <= 0:
             return []

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from distributed_at.cores import core_share
 from distributed_at.engine.processes.launch import detect_rank
 from distributed_at.engine.processes.open_files import allow_files
 from distributed_at.engine.processes.rendezvous import meet, set_up_is_over, stop_looking, watch_for_refusals
+from distributed_at.exchange import connect, first_object, gather_objects
 from distributed_at.groups import forget_groups
 
 T = TypeVar("T")
@@ -57,7 +58,8 @@ def initialise_world(timeout_seconds: float = 1800.0) -> World:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if "OMP_NUM_THREADS" not in os.environ:  # srun and DeepSpeed's launcher set none: each rank would take all cores
         torch.set_num_threads(min(torch.get_num_threads(), core_share()))
-    allow_files(world_size, "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # else each group connects every pair of ranks
+    allow_files(world_size, "cuda" if torch.cuda.is_available() else "cpu", rank=rank)
     if torch.cuda.is_available():
         # srun with --gpus-per-task shows one GPU to each task, which is then device 0
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -74,7 +76,9 @@ def initialise_world(timeout_seconds: float = 1800.0) -> World:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None  # None: the world
-    return World(rank, world_size, local_rank, device, cast("dist.ProcessGroup | None", control))
+    control = cast("dist.ProcessGroup | None", control)
+    connect(control)
+    return World(rank, world_size, local_rank, device, control)
 
 
 def shutdown_world(*, together: bool = True) -> None:
@@ -112,11 +116,12 @@ def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
 
 def gather_all(value: T, world: World) -> list[T]:
     """Return every rank's small object, in rank order, on all ranks."""
-    if world.world_size == 1:
-        return [value]
-    found: list[Any] = [None] * world.world_size
-    dist.all_gather_object(found, value, group=world.control)
-    return found
+    return [value] if world.world_size == 1 else gather_objects(value, world.control)
+
+
+def from_main(value: T, world: World) -> T:
+    """Return rank 0's small object on all ranks; the others' are not sent."""
+    return value if world.world_size == 1 else first_object(value, world.control)
 
 
 def deepspeed_available() -> bool:

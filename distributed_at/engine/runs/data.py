@@ -10,7 +10,7 @@ from distributed_at.config import RunConfig
 from distributed_at.data.identity import DataIdentity
 from distributed_at.data.source import ImageSource
 from distributed_at.data.sources import open_split
-from distributed_at.engine.processes.world import World, gather_all
+from distributed_at.engine.processes.world import World, from_main, gather_all
 from distributed_at.errors import ConfigError, UserError
 
 Warn = Callable[[str, str], None]
@@ -109,7 +109,7 @@ def agree_on_data(
             splits = look_at_data(config, source, warn=warn)
         except UserError as error:
             refusal = error
-    refusal, splits = gather_all((refusal, splits), world)[0]
+    refusal, splits = from_main((refusal, splits), world)
     if refusal is not None:
         raise refusal
     return RunData(splits, accept_changed=accept_changed)

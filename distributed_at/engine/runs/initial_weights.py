@@ -22,7 +22,7 @@ from distributed_at.engine.checkpoint import files
 from distributed_at.engine.checkpoint.retention import read_best
 from distributed_at.engine.checkpoint.tools import read_weights
 from distributed_at.engine.checkpoint.weight_files import naming_hint, read_weight_file
-from distributed_at.engine.processes.world import World
+from distributed_at.engine.processes.world import World, from_main
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.errors import BadCheckpoint, CheckpointError, ConfigError, UserError
 from distributed_at.models.foreign import fitted_weights, published_weights
@@ -194,16 +194,14 @@ def _read_once(
     module: nn.Module, world: World, folder: RunFolder, apply: Callable[[], dict[str, Any]]
 ) -> dict[str, Any] | None:
     """Let rank 0 change the network by ``apply`` and give every rank its bits; refusals are raised on all ranks."""
-    told: list[Any] = [None, None]
+    told: tuple[dict[str, Any] | None, UserError | None] = (None, None)
     if world.is_main:
         try:
             begins = not (files.list_steps(folder.checkpoints) or files.half_replaced(folder.checkpoints))
-            told = [apply() if begins else None, None]
+            told = (apply() if begins else None, None)
         except UserError as error:
-            told = [None, error]
-    if world.world_size > 1:
-        dist.broadcast_object_list(told, src=0, group=world.control)
-    record, refusal = told
+            told = (None, error)
+    record, refusal = from_main(told, world)
     if refusal is not None:
         raise refusal
     if record is None:
