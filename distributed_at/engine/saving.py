@@ -11,7 +11,7 @@ from typing import Any
 from distributed_at.config import CheckpointConfig
 from distributed_at.engine.checkpoint.manager import CheckpointManager
 from distributed_at.engine.processes.preemption import agree_max
-from distributed_at.engine.processes.world import gather_all
+from distributed_at.engine.processes.world import from_main
 from distributed_at.engine.runs.lock import RunLock
 from distributed_at.engine.state import TrainingState
 from distributed_at.errors import LockedError
@@ -42,10 +42,10 @@ class Checkpoints:
 
     def resume(self) -> bool:
         """Load the newest good checkpoint into the run's state; return whether there was one."""
-        path = self._manager.latest_good()
-        if path is None:
+        found = self._manager.load_latest(self._state.tensors)
+        if found is None:
             return False
-        self._state.loaded(self._manager.load(path, self._state.tensors()))
+        self._state.loaded(found[1])
         self._last_step = self._state.step
         return True
 
@@ -96,7 +96,7 @@ class Checkpoints:
 
     def _check_lock(self) -> None:
         other = self._lock.taken_by() if self._lock is not None else None
-        told = gather_all(None if other is None else str(other), self._state.world)[0]
+        told = from_main(None if other is None else str(other), self._state.world)
         if told is not None:
             raise LockedError(f"this run's folder was taken over by {told}; this start ends without saving")
 

@@ -64,6 +64,35 @@ def test_fragments_written_by_two_ranks_open_on_one_and_three(tmp_path):
         assert worker.run(tmp_path / f"b{world}", world, load_newest, tmp_path / "c") == ["step_00000002"] * world
 
 
+def kinds(value: float) -> dict[str, torch.Tensor]:
+    """Tensors that all ranks hold alike, of many types; the first is cut into pieces, the second at an odd byte."""
+    return {
+        "large": torch.arange(3 * 65_536 + 5, dtype=torch.float32) * value,
+        "odd": (torch.arange(2 * 65_536 + 3) * int(value) % 251).to(torch.uint8),
+        "flags": torch.arange(7) % 2 == int(value) % 2,
+        "half": torch.full((3, 3), value, dtype=torch.bfloat16),
+        "count": torch.tensor(int(value)),
+        "grid": torch.full((2, 3, 4, 5), -value).contiguous(memory_format=torch.channels_last),
+        "negative": torch.full((5,), -int(value), dtype=torch.int64),
+    }
+
+
+def save_kinds(root):
+    assert CheckpointManager(root).save(1, kinds(3.0), {}).ok
+
+
+def load_kinds(root):
+    manager, state = CheckpointManager(root), kinds(1.0)
+    manager.load(manager.latest_good(), state)
+    return [name for name, value in kinds(3.0).items() if not torch.equal(state[name], value)]
+
+
+def test_what_all_ranks_hold_alike_is_read_in_shares_and_whole_on_each(tmp_path):
+    worker.run(tmp_path / "a", 3, save_kinds, tmp_path / "c")
+    for world in (1, 2, 3):
+        assert worker.run(tmp_path / f"b{world}", world, load_kinds, tmp_path / "c") == [[]] * world
+
+
 def fail_on_one_rank(root, asynchronous):
     events = []
     manager = CheckpointManager(root, retry_seconds=0.0, on_event=lambda kind, fields: events.append((kind, fields)))

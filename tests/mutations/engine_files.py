@@ -25,8 +25,8 @@ FILES: tuple[Mutation, ...] = (
     Mutation(
         "the oldest good checkpoint is resumed from",
         "engine/checkpoint/manager.py",
-        "sorted(candidates, reverse=True)",
-        "sorted(candidates)",
+        "sorted(named, reverse=True)",
+        "sorted(named)",
         _CHECKPOINT + "test_any_damage_to_any_file_is_found_and_the_previous_checkpoint_used",
     ),
     Mutation(
@@ -39,8 +39,8 @@ FILES: tuple[Mutation, ...] = (
     Mutation(
         "a checkpoint given by its path is not verified",
         "engine/checkpoint/manager.py",
-        "verify = self.ranks.is_first and folder not in self._verified",
-        "verify = self.ranks.is_first and folder in self._verified",
+        "content=ranks.broadcast(folder not in self._verified)",
+        "content=ranks.broadcast(folder in self._verified)",
         _CHECKPOINT + "test_a_checkpoint_given_by_its_path_is_verified_before_anything_is_filled",
     ),
     Mutation(
@@ -146,9 +146,9 @@ FILES: tuple[Mutation, ...] = (
 PROCESSES: tuple[Mutation, ...] = (
     Mutation(
         "ranks stop only where all of them were asked",
-        "engine/processes/preemption.py",
-        "op=dist.ReduceOp.MAX",
-        "op=dist.ReduceOp.MIN",
+        "exchange.py",
+        "own = torch.maximum(own, others)",
+        "own = torch.minimum(own, others)",
         _STOP + "test_all_ranks_stop_at_the_same_step_and_slow_ranks_are_named",
     ),
     Mutation(

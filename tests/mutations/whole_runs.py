@@ -23,8 +23,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "resume loads only weights",
         "engine/saving.py",
-        "self._manager.load(path, self._state.tensors())",
-        'self._manager.load(path, {n: t for n, t in self._state.tensors().items() if n.startswith("model.")})',
+        "self._manager.load_latest(self._state.tensors)",
+        'self._manager.load_latest(lambda: {n: t for n, t in self._state.tensors().items() if n.startswith("model.")})',
         _RESUMED + "[pgd_at-bn-sgd-piecewise-none]",
     ),
     Mutation(

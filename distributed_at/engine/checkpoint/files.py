@@ -145,9 +145,10 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Check that every listed file is a regular file of the recorded size (no content is read)."""
-    for name, (size, _) in manifest.files.items():
+def check_sizes(folder: Path, manifest: Manifest, *, rank: int = 0, world_size: int = 1) -> None:
+    """Check that every listed file of this rank's share is a regular file of the recorded size (no content is read)."""
+    for name in _share(manifest, rank, world_size):
+        size, _ = manifest.files[name]
         descriptor = open_plain(folder / name)
         try:
             found = os.fstat(descriptor).st_size
@@ -157,18 +158,29 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
             raise BadCheckpoint(f"{name} has {found} bytes, its manifest says {size}")
 
 
+def _share(manifest: Manifest, rank: int, world_size: int) -> list[str]:
+    """Return the files that this rank looks at for all: together the ranks open each once."""
+    return sorted(manifest.files)[rank::world_size]
+
+
 def verify(folder: Path) -> Manifest:
     """Check every byte of a checkpoint folder against its manifest and return the manifest; BadCheckpoint otherwise."""
     manifest = read_manifest(folder)
-    check_sizes(folder, manifest)
-    for name, (_, recorded) in manifest.files.items():
+    verify_share(folder, manifest, 0, 1)
+    return manifest
+
+
+def verify_share(folder: Path, manifest: Manifest, rank: int, world_size: int) -> None:
+    """Check every byte of this rank's share of the files; BadCheckpoint says what is wrong."""
+    check_sizes(folder, manifest, rank=rank, world_size=world_size)
+    for name in _share(manifest, rank, world_size):
+        recorded = manifest.files[name][1]
         try:
             _, digest = hash_file(folder / name)
         except OSError as error:
             raise BadCheckpoint(f"{name} cannot be read: {error.strerror}", certain=False) from None
         if digest != recorded:
             raise BadCheckpoint(f"{name} does not match its SHA-256")
-    return manifest
 
 
 def list_steps(root: Path) -> list[tuple[int, Path]]:

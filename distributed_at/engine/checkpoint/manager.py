@@ -7,8 +7,8 @@ belongs to one live run: hold the run's lock (``engine.runs.lock``) before makin
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -32,17 +32,21 @@ from distributed_at.engine.checkpoint.shards import (
     FlatSavePlanner,
     FlatShard,
     as_shards,
+    complete,
     mismatches,
     snapshot,
 )
-from distributed_at.engine.processes.failures import lost_rank
-from distributed_at.errors import CheckpointError, UserError, first_line
+from distributed_at.errors import CheckpointError, UserError
 from distributed_at.files import write_atomically
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 EventSink = Callable[[str, dict[str, Any]], None]
 _LONGEST_WAIT = 900.0  # seconds between attempts while the disk refuses
+
+
+class UnreadableCheckpoint(CheckpointError):
+    """Its files are those that it lists, and still they cannot be loaded: somebody else's list, or a fault of ours."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._finished: SaveResult | None = None
         self._verified: set[Path] = set()
+        self._unreadable: dict[Path, BadCheckpoint] = {}  # whose files are as listed, and could not be loaded
         self._bad: list[Path] = []  # to be set aside at the first save: a mere reader changes nothing
         self._tidied = False
 
@@ -287,8 +292,7 @@ class CheckpointManager:
         reason, unless ``fresh``: then None, and all are set aside.
         """
         self.wait()
-        found = self._search(fresh=fresh) if self.ranks.is_first else None
-        chosen, reasons = self.ranks.broadcast(found)  # type: ignore[misc]
+        chosen, reasons = self._search(fresh=fresh)
         if chosen is None and reasons and not fresh:
             told = "\n".join(f"  {name}: {why}" for name, why in reasons)
             raise CheckpointError(
@@ -303,18 +307,46 @@ class CheckpointManager:
     def _search(self, *, fresh: bool) -> tuple[Path | None, list[tuple[str, str]]]:
         reasons: list[tuple[str, str]] = []
         self._bad = []
-        candidates = files.list_steps(self.root) + files.half_replaced(self.root)
-        for _, folder in sorted(candidates, reverse=True):
-            try:
-                SafeReader(folder, files.verify(folder)).read_metadata()  # a list that is right may be of rubbish
-            except BadCheckpoint as bad:
-                reasons.append((folder.name, str(bad)))
-                if bad.certain or fresh:
-                    self._bad.append(folder)
-            else:
+        listed = None
+        if self.ranks.is_first:
+            named = files.list_steps(self.root) + files.half_replaced(self.root)
+            listed = [folder for _, folder in sorted(named, reverse=True)], files.quarantined(self.root)
+        candidates, quarantined = self.ranks.broadcast(listed)  # type: ignore[misc]
+        for folder in candidates:
+            bad = self._unreadable.get(folder) or self._examine(folder, content=True)[1]
+            if bad is None:
                 return folder, reasons
-        reasons += [(name, "found bad by an earlier start") for name in files.quarantined(self.root)]
+            reasons.append((folder.name, str(bad)))
+            if bad.certain or fresh:
+                self._bad.append(folder)
+        reasons += [(name, "found bad by an earlier start") for name in quarantined]
         return None, reasons
+
+    def _examine(self, folder: Path, *, content: bool) -> tuple[Manifest | None, BadCheckpoint | None]:
+        """Look at every file once, each rank at its share, and return this rank's manifest and what is wrong for all.
+
+        ``content``: every byte, else sizes alone.
+        """
+        ranks = self.ranks
+        manifest, why, certain = None, None, True
+        try:
+            manifest = files.read_manifest(folder)
+            look = files.verify_share if content else files.check_sizes
+            look(folder, manifest, rank=ranks.rank, world_size=ranks.world_size)
+            if content and ranks.is_first:
+                SafeReader(folder, manifest).read_metadata()  # a list that is right may be of rubbish
+        except BadCheckpoint as bad:
+            why, certain = str(bad), bad.certain
+        except OSError as error:
+            why, certain = f"{error.strerror}: {error.filename}", False
+        found = ranks.gather((why, certain, manifest.digest if manifest is not None else ""))
+        failures = [f"rank {rank}: {told}" for rank, (told, _, _) in enumerate(found) if told]
+        if failures:
+            return manifest, BadCheckpoint(merge(failures), certain=all(sure for told, sure, _ in found if told))
+        if len({digest for _, _, digest in found}) > 1:
+            told = "ranks see different files under this path: the run folder must be on a shared file system"
+            return manifest, BadCheckpoint(told, certain=False)
+        return manifest, None
 
     def _tidy(self) -> None:
         """Once, before the first save: set bad checkpoints aside and remove what an interrupted save left."""
@@ -327,67 +359,84 @@ class CheckpointManager:
     def load(self, path: Path | str, tensors: Mapping[str, torch.Tensor | FlatShard]) -> dict[str, Any]:
         """Fill ``tensors`` in place from a checkpoint written on any number of ranks; returns its metadata.
 
-        Every byte is verified first unless ``latest_good`` or ``save`` of this manager has just vouched for it.
-        CheckpointError, the same on all ranks, where it is not whole or does not fit; nothing is filled then.
+        Every byte is verified first unless ``latest_good`` or ``save`` of this manager has just vouched for it. Each
+        rank reads its share of what all hold alike and its own of the rest.
+
+        Raises:
+            CheckpointError: the same on all ranks, where it is not whole or does not fit; nothing is filled then.
+            UnreadableCheckpoint: its list is right and its contents are not; ``tensors`` may be filled in part.
         """
         self.wait()
         folder = Path(path)
         shards = as_shards(tensors)
-        manifest, reader, failure = None, None, None
+        ranks = self.ranks
+        manifest, bad = self._examine(folder, content=ranks.broadcast(folder not in self._verified))
+        if bad is not None:
+            raise CheckpointError(f"cannot use checkpoint {folder}: {bad}")
+        assert manifest is not None
+        reader = SafeReader(folder, manifest)
+        failure = None
         try:
-            verify = self.ranks.is_first and folder not in self._verified
-            manifest = files.verify(folder) if verify else files.read_manifest(folder)
-            files.check_sizes(folder, manifest)
-            reader = SafeReader(folder, manifest)
             wrong = mismatches(shards, reader.read_metadata(), manifest.shapes)
             if wrong:
                 more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
                 failure = "it does not fit this run: " + "; ".join(wrong[:SHOWN]) + more
-        except BadCheckpoint as bad:
-            failure = str(bad)
-        except OSError as error:
-            failure = f"{error.strerror}: {error.filename}"
-        failures = self.ranks.failures(failure)
-        if not failures and len(set(self.ranks.gather(manifest.digest if manifest else ""))) > 1:
-            failures = ["ranks see different files under this path: the run folder must be on a shared file system"]
-        if failures:
+        except BadCheckpoint as unusable:
+            failure = str(unusable)
+        if failures := ranks.failures(failure):
             raise CheckpointError(f"cannot use checkpoint {folder}: {merge(failures)}")
-        assert manifest is not None
-        try:
-            dcp.load(
-                {name: shard for name, shard in shards.items() if shard.numel},
+        own = {name: shard.share(name, ranks.rank, ranks.world_size) for name, shard in shards.items()}
+        failure = attempt(
+            lambda: dcp.load(
+                {name: shard for name, shard in own.items() if shard.local.numel()},
                 storage_reader=reader,
                 planner=FlatLoadPlanner(),
-                process_group=self.ranks.group,
-                no_dist=not self.ranks.distributed,
+                no_dist=True,  # each rank knows what it reads, and one that fails tells it below
             )
-        except (Exception, CheckpointException) as error:
-            if lost_rank(error):  # nothing is wrong with the checkpoint
-                raise ConnectionError(f"another rank was lost while {folder.name} was read") from error
-            raise CheckpointError(f"cannot read checkpoint {folder}: {first_line(error)}") from error
+        )
+        if failures := ranks.failures(failure):
+            self._unreadable[folder] = BadCheckpoint(f"cannot be read: {merge(failures)}")
+            raise UnreadableCheckpoint(f"cannot read checkpoint {folder}: {merge(failures)}")
+        if ranks.world_size > 1:
+            complete(shards, own, ranks.group)
         with torch.no_grad():
             for shard in shards.values():
                 if shard.on_load is not None:
                     shard.on_load()
         return manifest.metadata
 
+    def load_latest(
+        self, tensors: Callable[[], Mapping[str, torch.Tensor | FlatShard]]
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """Fill the state from the newest checkpoint that is good and can be read; None for a new run.
+
+        ``tensors``: called afresh for each attempt. Raises as ``latest_good`` and ``load``.
+        """
+        while (path := self.latest_good()) is not None:
+            try:
+                return path, self.load(path, tensors())
+            except UnreadableCheckpoint:
+                continue  # an older one may be good; the search now passes this one over, and says so
+        return None
+
     def probe(self) -> None:
-        """Let every rank write and remove a small file, so that a disk that refuses is found before hours are spent.
+        """Let a rank of every node write and remove a small file, so that a disk that refuses is found before hours are spent.
 
         Raises:
             UserError: the same on all ranks, where one cannot write, or the ranks do not see one folder.
         """
         ranks = self.ranks
-        mark = ranks.broadcast(uuid.uuid4().hex)
+        mark, hosts = ranks.broadcast(uuid.uuid4().hex), ranks.gather(socket.gethostname())
         path = self.root / f".probe-{mark}"
         failures = ranks.failures(attempt(lambda: write_atomically(path, "x" * 4096)) if ranks.is_first else None)
         if not failures:
-            own = path.with_name(f"{path.name}-{ranks.rank}")
-            if path.exists():
+            failure = None
+            if not path.exists():
+                failure = "does not see what rank 0 wrote; the run folder must be on a file system that all nodes share"
+            elif hosts.index(hosts[ranks.rank]) == ranks.rank:  # what a node may, all its ranks may
+                own = path.with_name(f"{path.name}-{ranks.rank}")
                 failure = attempt(lambda: write_atomically(own, "x" * 4096))
                 attempt(own.unlink)
-            else:
-                failure = "does not see what rank 0 wrote; the run folder must be on a file system that all nodes share"
             failures = ranks.failures(failure)
             if ranks.is_first:
                 attempt(path.unlink)
@@ -403,6 +452,6 @@ def _fresh_folder(path: Path) -> None:
 
 
 def _hash_own(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
-    """Read back and hash what this rank wrote (rank 0 also torch's table)."""
-    own = [name for name in os.listdir(folder) if name.startswith(f"__{rank}_") or (rank == 0 and name == ".metadata")]
-    return {name: files.hash_file(folder / name) for name in own}
+    """Read back and hash what this rank wrote (rank 0 also torch's table); the folder is listed by nobody."""
+    own = [f"__{rank}_0.distcp", *([".metadata"] if rank == 0 else [])]
+    return {name: files.hash_file(folder / name) for name in own if (folder / name).exists()}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+_PORTION = 64 << 20  # bytes that are brought to all ranks at a time, or the largest tensor
 _SMALLEST_PIECE = 1 << 16  # elements; each piece has a container and an entry in torch's table of its own
 
 
@@ -97,6 +99,49 @@ class FlatShard:
 def as_shards(tensors: Mapping[str, torch.Tensor | FlatShard]) -> dict[str, FlatShard]:
     """Wrap plain tensors (equal on all ranks) as whole fragments."""
     return {k: v if isinstance(v, FlatShard) else FlatShard.whole(v) for k, v in tensors.items()}
+
+
+def complete(shards: Mapping[str, FlatShard], own: Mapping[str, FlatShard], group: dist.ProcessGroup) -> None:
+    """Bring what each rank read of the tensors that all hold alike to all of them (collective).
+
+    Args:
+        shards: where the whole tensors lie.
+        own: this rank's ``share`` of each, filled.
+        group: gloo, of all ranks.
+    """
+    names = [name for name, shard in shards.items() if shard.replicated and shard.numel]
+    for some in _portions(names, shards):
+        sizes = [shards[name].local.numel() * shards[name].local.element_size() for name in some]
+        together = torch.zeros(-(-sum(sizes) // 8) * 8, dtype=torch.uint8)
+        places = dict(zip(some, together[: sum(sizes)].split(sizes), strict=True))
+        for name, place in places.items():
+            piece = own[name]
+            width = piece.local.element_size()
+            begin = piece.start * width
+            place[begin : begin + piece.local.numel() * width] = _bytes_of(piece.local)
+        # each bit is given by one rank and is zero on the others, so that a sum of integers is no arithmetic
+        dist.all_reduce(together.view(torch.int64), group=group)
+        for name, place in places.items():
+            target = shards[name].local
+            target.copy_(place.clone().view(target.dtype))  # a view of another type must begin where that type may
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(torch.uint8)
+
+
+def _portions(names: list[str], shards: Mapping[str, FlatShard]) -> Iterator[list[str]]:
+    """Deal out names so that no portion needs much memory."""
+    portion: list[str] = []
+    size = 0
+    for name in names:
+        portion.append(name)
+        size += shards[name].local.numel() * shards[name].local.element_size()
+        if size >= _PORTION:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
 
 
 def snapshot(shards: Mapping[str, FlatShard], reuse: dict[str, torch.Tensor]) -> dict[str, FlatShard]:

@@ -234,7 +234,10 @@ def _zero_tensors(engine: Any, zero: Any, covered: set[str]) -> Iterator[tuple[s
                 copies[key][place] = value
                 last = place == len(members) - 1
                 merge = _merge_into(value, copies[key]) if last else None
-                yield f"{OPTIMIZER}{key}.{name}", FlatShard(copies[key][place : place + 1], 0, (), merge)
+                yield (
+                    f"{OPTIMIZER}{key}.{name}",
+                    FlatShard(copies[key][place : place + 1], 0, (), merge, replicated=True),
+                )
 
 
 def _merge_into(value: torch.Tensor, copies: torch.Tensor) -> Any:
