@@ -175,10 +175,12 @@ def evaluate(
     shard.require_equal("the protocol", protocol.hash)
     batch_size = execution.batch_size or (DEFAULT_BATCH_SIZE if isinstance(what, Protocol) else what.batch_size)
 
-    ledger = Ledger.of(execution.folder, protocol) if execution.folder is not None else None
+    ledger = _ledger(shard, execution.folder, protocol)
     if on_the_way is not None:
         on_the_way.open(protocol, execution.folder)
-    known = shard.together(lambda: _known(ledger, given, ids))
+    # connected ranks get from the first what it read; others may see a folder at different times, and read themselves
+    reads = ledger if shard.rank == 0 or not shard.connected else None
+    known = shard.together(lambda: _known(reads, given, ids))
     known = union(shard, known, ids, protocol.attacks)
     heartbeat = Heartbeat(shard, execution.alive)
     counts = on_the_way.counts if on_the_way is not None else ()
@@ -245,6 +247,15 @@ def _protocol(
         device=device,
         **settings,
     )
+
+
+def _ledger(shard: Shard, folder: Path | None, protocol: Protocol) -> Ledger | None:
+    """Return the protocol's ledger below ``folder``; of connected ranks the first makes it, and the others find it."""
+    if folder is None:
+        return None
+    if shard.connected:
+        shard.together(lambda: Ledger.of(folder, protocol) if shard.rank == 0 else None)
+    return Ledger.of(folder, protocol)
 
 
 def _stored(ledger: Ledger | None, ids: np.ndarray) -> Rows:

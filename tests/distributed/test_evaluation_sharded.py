@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from distributed_at.config import AttackConfig, evaluation_entry
 from distributed_at.evaluation import build_protocol, evaluation_ids, weights_hash
+from distributed_at.evaluation.ledger import Ledger
 from distributed_at.evaluation.rows import COLUMNS, Rows
 from tests.distributed.launch import run_ranks
 from tests.evaluation_kit import measure, measure_entry, source, trained
@@ -109,7 +110,11 @@ def two_ranks(folder: str) -> dict:
 
 def three_ranks(folder: str) -> dict:
     dist.init_process_group("gloo")
-    return {"all": everything(None, 9), "resumed": resume(folder + "/stopped")}
+    whole = everything(None, 9)
+    reads = []
+    plain = Ledger.read
+    Ledger.read = lambda self: (reads.append(self), plain(self))[1]
+    return {"all": whole, "resumed": resume(folder + "/stopped"), "ledgers read": len(reads)}
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,7 @@ def test_a_failure_on_one_rank_ends_all_and_another_world_size_resumes(launches:
     for rank in launches.three:
         assert_same_rows(whole.rows, rank["resumed"]["rows"])
         assert rank["resumed"]["computed"] == SIZE - launches.stored
+    assert [rank["ledgers read"] for rank in launches.three] == [1, 0, 0]  # the first tells the others
     assert sum(rank["resumed"]["read"] for rank in launches.three) == SIZE - launches.stored
 
 
