@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distributed_at.cost import format_seconds
+from distributed_at.engine.processes.open_files import files_needed
 from distributed_at.planning import Plan
 
 
@@ -78,6 +79,9 @@ def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("checkpoint", _bytes(plan.checkpoint_bytes)),
     ]
+    if plan.world_size > 1:
+        first, others = (files_needed(plan.world_size, "cuda", rank=rank) for rank in (0, 1))
+        rows.append(("open files", f"up to {first:,} on rank 0, {others:,} on the others (ulimit -Hn)"))
     if plan.hours is not None:
         h = plan.hours
         basis = "reported" if h.rate.published else "scaled from another precision"

@@ -142,8 +142,8 @@ def _batch(config: RunConfig, batch: BatchPlan, num_train: int, has_batch_norm: 
         found.append(
             (
                 "open_files",
-                f"{batch.world_size} ranks need up to {needed} open files each; the usual limit is {_USUAL_FILES} and is "
-                "raised as far as ulimit -Hn goes, which must reach that",
+                f"rank 0 of {batch.world_size} needs up to {needed} open files; the usual limit is {_USUAL_FILES} and is "
+                "raised as far as ulimit -Hn goes, which must reach that on its node",
             )
         )
     last = _lone_image(config, batch, num_train)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distributed_at.cores import allowed_cores
+from distributed_at.engine.processes.open_files import allow_files
 from distributed_at.engine.processes.preemption import leave_terminal, stop_signals
 from distributed_at.errors import EXIT_HANG, ConfigError
 
@@ -135,6 +136,7 @@ def run_workers(arguments: Sequence[str], workers: int, log_folder: Path | None)
     after 30 s SIGKILL, so that nothing is left behind. SIGTERM, SIGINT, SIGUSR1 and, unless it is ignored, SIGHUP are passed
     on to every rank.
     """
+    allow_files(workers, "cpu")  # one message rather than one a rank; each knows better what it needs on a GPU
     meeting = listening_socket()
     port = int(meeting.getsockname()[1])
     command = [sys.executable, "-m", "distributed_at", *arguments]
