@@ -19,6 +19,7 @@ from tests.mutations import (
     observe,
     whole_runs,
     words,
+    world,
 )
 from tests.mutations.mutation import Mutation
 
@@ -41,4 +42,5 @@ MUTATIONS: tuple[Mutation, ...] = (
     *cores.MUTATIONS,
     *whole_runs.MUTATIONS,
     *words.MUTATIONS,
+    *world.MUTATIONS,
 )
