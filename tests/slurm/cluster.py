@@ -96,6 +96,21 @@ class Cluster:
         (self.root / f"spool-{node}").mkdir(exist_ok=True)
         self._launch(node, ["slurmd", "-D", "-N", node])
 
+    def stop_controller(self) -> None:
+        """The controller is away; the nodes go on with what they run."""
+        controller = self._processes.pop("slurmctld")
+        controller.terminate()
+        controller.wait(20)
+
+    def start_controller(self) -> None:
+        """It comes back with what it knew."""
+        self._launch("slurmctld", ["slurmctld", "-D"])
+        self._wait(self._answers, "the controller", 60)
+
+    def _answers(self) -> bool:
+        done = subprocess.run(["scontrol", "ping"], env=self.environment, capture_output=True, text=True, check=False)
+        return "UP" in done.stdout
+
     def kill_node(self, node: str) -> None:
         """The node dies: its slurmd and, as on a lost machine, everything that it ran."""
         daemon = self._processes.pop(node)

@@ -113,6 +113,43 @@ def test_signal_to_one_rank_stops_all_and_requeues(cluster, undisturbed, tmp_pat
 
 
 @pytest.mark.slow
+def test_controller_that_is_away_while_the_job_saves_itself_is_asked_again(cluster, undisturbed, tmp_path):
+    folder = tmp_path / "controller"
+    job = start(cluster, folder)
+    wait_steps(folder, 25)
+    cluster.command("scancel", "--signal=USR1", "--batch", job)
+    cluster.stop_controller()
+    time.sleep(30)
+    assert "step ended with exit code 85" in cluster.output(job), "it had saved itself meanwhile"
+    cluster.start_controller()
+    cluster.wait_restarts(job, 1)
+    cluster.ends(job)
+    assert_as_undisturbed(folder, undisturbed)
+    assert "was cancelled" not in cluster.output(job)
+
+
+@pytest.mark.slow
+def test_node_without_scontrol_says_so_and_the_same_command_goes_on(cluster, undisturbed, tmp_path):
+    folder = tmp_path / "without"
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for program in Path("/usr/bin").iterdir():
+        if program.name != "scontrol":
+            (programs / program.name).symlink_to(program)
+    job = start(cluster, folder, PATH=str(programs))
+    wait_steps(folder, 25)
+    cluster.command("scancel", "--signal=USR1", "--batch", job)
+    cluster.ends(job, "FAILED")
+    text = cluster.output(job)
+    assert "there is no scontrol on this node: this job cannot requeue itself" in text
+    assert "slurm/chain.sh" in text
+    assert "not requeued: the scheduler could not be asked by scontrol whether this job still runs" in text
+    assert "was cancelled" not in text
+    cluster.ends(start(cluster, folder))
+    assert_as_undisturbed(folder, undisturbed)
+
+
+@pytest.mark.slow
 def test_requeue_by_the_operator_happens_once(cluster, undisturbed, tmp_path):
     folder = tmp_path / "operator"
     job = start(cluster, folder)
