@@ -61,9 +61,11 @@ class ScheduleConfig(Strict):
         default=(), description="epochs after which the rate is multiplied by factor (piecewise)"
     )
     factor: float = Field(default=0.1, gt=0, le=1)
-    boundary: Literal["after", "last_iteration"] = Field(
+    boundary: Literal["after", "last_iteration", "counted_from_one"] = Field(
         default="after",
-        description="'last_iteration' = the drop already hits the last iteration before the milestone (Pang et al.'s code)",
+        description="where a milestone of 100 drops: 'after' = 100 epochs are done; 'last_iteration' = one iteration before "
+        "that (Pang et al.'s and Rice et al.'s codes); 'counted_from_one' = the epoch of that number begins, the first being 1, "
+        "so after 99 (the codes of TRADES, MART and FAT)",
     )
     final_lr: float = Field(default=0.0, ge=0, description="where cosine and cyclic end")
     peak_epoch: float | None = Field(default=None, gt=0, description="peak of cyclic; null = the middle")

@@ -65,9 +65,10 @@ def _drops(step: int, schedule: ScheduleConfig, steps_per_epoch: int) -> int:
     """Milestones passed. 'after': the first step of the epoch after the milestone is the first to be slower.
 
     Xie & Yuille: "after completing epoch 35", so the 36th epoch is the first slow one. Bag-of-tricks code
-    (lr_schedule): t = epoch + (i + 1) / len(loader), so the last iteration before the milestone is.
+    (lr_schedule): t = epoch + (i + 1) / len(loader), so the last iteration before the milestone is. TRADES' code
+    (adjust_learning_rate): epoch >= milestone, and its first epoch is 1.
     """
-    shift = 1 if schedule.boundary == "last_iteration" else 0
+    shift = {"after": 0, "last_iteration": 1, "counted_from_one": steps_per_epoch}[schedule.boundary]
     return sum(step + shift >= milestone * steps_per_epoch - _TOLERANCE for milestone in schedule.milestones)
 
 
@@ -158,6 +159,8 @@ class Schedules:
         steps = {0, self.warmup_steps, self.num_steps - 1}
         for milestone in self.schedule.milestones:
             first = math.ceil(milestone * self.steps_per_epoch - _TOLERANCE)
+            if self.schedule.boundary == "counted_from_one":
+                first -= self.steps_per_epoch
             steps |= {first - 2, first - 1, first}
         if self.schedule.facts.changes_throughout:
             steps |= {round(self.num_steps * share) for share in (0.25, 0.5, 0.75)}

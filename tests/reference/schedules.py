@@ -45,6 +45,8 @@ def learning_rate(step: int, recipe: dict, steps_per_epoch: int) -> float:
     if name == "piecewise":
         # Xie & Yuille: after so many epochs. Pang et al.'s code: its clock has gone on at the last iteration already.
         clock = time + (Fraction(1, steps_per_epoch) if schedule["boundary"] == "last_iteration" else 0)
+        if schedule["boundary"] == "counted_from_one":  # TRADES' code: for epoch in 1, 2, ...: epoch >= milestone
+            clock = Fraction(1 + step // steps_per_epoch)
         return full * schedule["factor"] ** len([m for m in schedule["milestones"] if clock >= epochs(m)])
     if name == "exponential":  # a staircase (the ALP code: x 0.94 every two epochs)
         return full * schedule["factor"] ** math.floor(time / epochs(schedule["decay_every"]))

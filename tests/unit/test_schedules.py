@@ -4,7 +4,7 @@ import pytest
 
 from distributed_at.config import AttackConfig, OptimizerConfig, ScheduleConfig
 from distributed_at.engine.schedules import Schedules, base_learning_rate, eps_scale, learning_rate
-from distributed_at.recipes import load_recipe
+from distributed_at.recipes import list_recipes, load_recipe
 
 XIE = ScheduleConfig(
     name="piecewise", milestones=(35.0, 70.0, 95.0), warmup_epochs=5.0, warmup_start=0.1, boundary="after"
@@ -54,6 +54,21 @@ def test_drop_reaches_the_last_iteration_before_the_milestone():
     assert pang(100 * 391 - 1) == pytest.approx(0.01)
     assert pang(105 * 391 - 2) == pytest.approx(0.01)
     assert pang(105 * 391 - 1) == pytest.approx(0.001)
+
+
+def test_codes_that_count_epochs_from_one_drop_when_the_epoch_of_that_number_begins():
+    """TRADES' and MART's: ``for epoch in range(1, epochs + 1)``, and the rate falls where ``epoch >= 75``."""
+    schedule = PANG.model_copy(update={"milestones": (75.0, 90.0, 100.0), "boundary": "counted_from_one"})
+    for epoch in (1, 74, 75, 89, 90, 99, 100, 110):
+        drops = (epoch >= 75) + (epoch >= 90) + (epoch >= 100)
+        for iteration in (0, 200, 390):
+            assert pang((epoch - 1) * 391 + iteration, schedule) == pytest.approx(0.1 * 0.1**drops)
+
+
+def test_every_trades_row_drops_as_its_code_does():
+    found = [entry.config for entry in list_recipes() if "bag_of_tricks" in entry.ref]
+    assert {c.schedule.boundary for c in found if c.objective.name == "trades"} == {"counted_from_one"}
+    assert {c.schedule.boundary for c in found if c.objective.name == "pgd_at"} == {"last_iteration"}
 
 
 @pytest.mark.parametrize(("epochs", "peak"), [(10, 1.0997), (15, 1.0665), (20, 1.0499)])
