@@ -32,6 +32,7 @@ OBJECTIVES: Registry[ObjectiveFacts] = Registry(
         "standard": "distributed_at.objectives.standard:Standard",
         "pgd_at": "distributed_at.objectives.pgd_at:PgdAt",
         "trades": "distributed_at.objectives.trades:Trades",
+        "mart": "distributed_at.objectives.mart:Mart",
         "mixture": "distributed_at.objectives.mixture:Mixture",
     },
 )

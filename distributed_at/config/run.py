@@ -74,7 +74,8 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         self._check_objective()
-        late = [m for m in self.schedule.milestones if m >= self.train.epochs]
+        s = self.schedule
+        late = [m for m, done in zip(s.milestones, s.drops, strict=True) if done >= self.train.epochs]
         if late:
             raise ValueError(
                 f"schedule.milestones {late} lie at or past the last epoch (train.epochs: {self.train.epochs:g}); "

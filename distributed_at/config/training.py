@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -90,6 +91,13 @@ class ScheduleConfig(Strict):
             raise ValueError(f"milestones belong to schedule {having}; this schedule is '{self.name}'")
         _no_options(self.name, self.options, SCHEDULES)
         return self
+
+    @property
+    def drops(self) -> tuple[float, ...]:
+        """Epochs that are done when each milestone drops the rate, up to the one iteration of 'last_iteration'."""
+        if self.boundary == "counted_from_one":
+            return tuple(math.ceil(milestone) - 1.0 for milestone in self.milestones)
+        return self.milestones
 
     @property
     def facts(self) -> Schedule:

@@ -68,8 +68,8 @@ def _drops(step: int, schedule: ScheduleConfig, steps_per_epoch: int) -> int:
     (lr_schedule): t = epoch + (i + 1) / len(loader), so the last iteration before the milestone is. TRADES' code
     (adjust_learning_rate): epoch >= milestone, and its first epoch is 1.
     """
-    shift = {"after": 0, "last_iteration": 1, "counted_from_one": steps_per_epoch}[schedule.boundary]
-    return sum(step + shift >= milestone * steps_per_epoch - _TOLERANCE for milestone in schedule.milestones)
+    shift = 1 if schedule.boundary == "last_iteration" else 0
+    return sum(step + shift >= done * steps_per_epoch - _TOLERANCE for done in schedule.drops)
 
 
 def linear_share(step: int, steps_per_epoch: int, epochs: float) -> float | None:
@@ -157,10 +157,8 @@ class Schedules:
     def key_steps(self) -> list[int]:
         """Steps at which the rate is worth printing: the first, the end of warm-up, around each drop, the last."""
         steps = {0, self.warmup_steps, self.num_steps - 1}
-        for milestone in self.schedule.milestones:
-            first = math.ceil(milestone * self.steps_per_epoch - _TOLERANCE)
-            if self.schedule.boundary == "counted_from_one":
-                first -= self.steps_per_epoch
+        for done in self.schedule.drops:
+            first = math.ceil(done * self.steps_per_epoch - _TOLERANCE)
             steps |= {first - 2, first - 1, first}
         if self.schedule.facts.changes_throughout:
             steps |= {round(self.num_steps * share) for share in (0.25, 0.5, 0.75)}

@@ -44,6 +44,7 @@ class PgdAt(Objective):
     title = "PGD adversarial training"
     source = "Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018"
     branches = ("adv",)
+    attack_losses = ("kl",)  # AT-KL of Gowal et al., table 2: the attack alone looks at the clean prediction
 
     @classmethod
     def passes(cls, config: Config) -> Passes:

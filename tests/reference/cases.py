@@ -125,6 +125,18 @@ CASES: dict[str, Case] = {
             "attack={loss: kl, start: gaussian, clip_start: false, bn_mode: train, reference_forward: each_step}",
         )
     ),
+    "mart": Case(
+        (
+            "objective={name: mart, beta: 3}",
+            "attack={start: gaussian, start_std: 0.01, clip_start: false}",
+            "schedule={name: piecewise, milestones: [1, 2], boundary: counted_from_one}",
+        )
+    ),
+    "mart with a divergence inside": Case(
+        ("model.norm=mbn", "objective={name: mart, clean_bn: batch}", "attack={loss: kl, bn_mode: batch}"),
+        worlds=((1, 1), (2, 2)),
+    ),
+    "adversarial training on a divergence": Case(("attack={loss: kl, start: uniform}",), worlds=((1, 1), (2, 1))),
     "friendly": Case(("attack={num_steps: 5, early_stop: 2}", "objective.bn_clean_updates_per_step=2")),
     "uncovering the limits": Case(
         (

@@ -73,6 +73,21 @@ def trades(network: Network, x: Tensor, adv: Tensor, y: Tensor, section: dict, *
     return Outcome(loss + section["beta"] * kl, {"clean_loss": loss, "kl": kl}, correct)
 
 
+def mart(network: Network, x: Tensor, adv: Tensor, y: Tensor, section: dict, **_: object) -> Outcome:
+    """Wang et al. 2020, eq. 11, with the constants of their code."""
+    clean = network(x, "clean", {"update": "train", "batch": "batch"}[section["clean_bn"]])
+    moved = network(adv, "adv", "train")
+    p, q = F.softmax(clean, dim=1), F.softmax(moved, dim=1)
+    order = q.argsort(dim=1)
+    wrong = torch.where(order[:, -1] == y, order[:, -2], order[:, -1])
+    rows = torch.arange(len(y))
+    boosted = (-torch.log(q[rows, y]) - torch.log(1.0001 - q[rows, wrong] + 1e-12)).mean()
+    kl = (p * (torch.log(p) - torch.log(q + 1e-12))).sum(dim=1)
+    weighted = (kl * (1.0000001 - p[rows, y])).mean()
+    terms = {"adv_loss": boosted, "weighted_kl": weighted}
+    return Outcome(boosted + section["beta"] * weighted, terms, {"clean": _right(clean, y), "adv": _right(moved, y)})
+
+
 def mixture(
     network: Network, x: Tensor, adv: Tensor, y: Tensor, section: dict, *,
     norm: str, ids: Tensor, seed: int, epoch: int, **_: object,
@@ -106,4 +121,4 @@ def mixture(
     return Outcome(loss, terms, {"adv": _right(moved, y), "clean": _right(clean, y[kept])}, count)
 
 
-LOSSES = {"standard": standard, "pgd_at": pgd_at, "trades": trades, "mixture": mixture}
+LOSSES = {"standard": standard, "pgd_at": pgd_at, "trades": trades, "mart": mart, "mixture": mixture}
