@@ -26,6 +26,7 @@ class Optimizer:
         states: numbers that it keeps for each weight, for the estimates of ``plan``.
         states_without_momentum: the same where ``optimizer.momentum`` is 0; None = as many.
         nesterov: whether it has Nesterov's form.
+        whole_parameters: it looks at a parameter as a whole, which ZeRO 1 and 2 cut into slices.
         backends: implementations that a recipe may choose.
     """
 
@@ -34,6 +35,7 @@ class Optimizer:
     states: int
     states_without_momentum: int | None = None
     nesterov: bool = False
+    whole_parameters: bool = False
     backends: tuple[str, ...] = ("torch",)
 
     def builder(self) -> Build:
@@ -61,7 +63,22 @@ OPTIMIZERS: Registry[Optimizer] = Registry(
             nesterov=True,
             backends=("torch", "apex"),
         ),
+        "sgd_gc": Optimizer(
+            title="SGD on centralised gradients (Yong et al. 2020)",
+            build=f"{_BUILD}:build_sgd_gc",
+            states=1,
+            states_without_momentum=0,
+            whole_parameters=True,
+        ),
+        "sgd_gcc": Optimizer(
+            title="SGD, convolutions' gradients centralised (Yong et al. 2020)",
+            build=f"{_BUILD}:build_sgd_gcc",
+            states=1,
+            states_without_momentum=0,
+            whole_parameters=True,
+        ),
         "rmsprop": Optimizer(title="RMSprop with momentum", build=f"{_BUILD}:build_rmsprop", states=2),
+        "rmsprop_tf": Optimizer(title="RMSProp in TensorFlow's form", build=f"{_BUILD}:build_rmsprop_tf", states=2),
         "adam": Optimizer(title="Adam, weight decay in the gradient", build=f"{_BUILD}:build_adam", states=2),
         "adamw": Optimizer(title="Adam, weight decay apart", build=f"{_BUILD}:build_adamw", states=2),
     },

@@ -64,6 +64,9 @@ class AttackConfig(Strict):
         ge=1,
         description="an image is moved no more once so many of the attack's forwards misclassified it (Friendly AT: tau + 1)",
     )
+    early_stop_epochs: tuple[float, ...] = Field(
+        default=(), description="training epochs at which early_stop rises by one (40 / 70 in Pang et al., table 2)"
+    )
     bn_mode: BnMode = Field(
         default="eval",
         description="BN during the attack: running statistics, batch statistics, or batch statistics that also update the running ones",
@@ -86,6 +89,10 @@ class AttackConfig(Strict):
                 f"eps is in /255 units, and {self.eps:g}/255 is below one grey level; "
                 f"for {self.eps:g} in [0, 1] units write eps: {self.eps * 255:g}"
             )
+        if self.early_stop_epochs and self.early_stop is None:
+            raise ValueError("early_stop_epochs raise early_stop, which is null: write early_stop: 1")
+        if list(self.early_stop_epochs) != sorted(set(self.early_stop_epochs)):
+            raise ValueError(f"early_stop_epochs must rise, got {list(self.early_stop_epochs)}")
         if ball.per_pixel and self.eps > 255:
             raise ValueError(f"eps is in /255 units, at most 255 for {self.norm}, got {self.eps:g}")
         refusal = loss.refuse(self.loss, targeted=ATTACK_TARGETS[self.target].targeted)

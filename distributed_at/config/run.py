@@ -127,6 +127,11 @@ class RunConfig(Strict):
                 f"objective '{name}' looks at the weights' gradients before the optimiser's step, and DeepSpeed keeps "
                 f"them whole until then at parallel.zero_stage 0 alone, got {self.parallel.zero_stage}"
             )
+        if self.optimizer.facts.whole_parameters and self.parallel.zero_stage > 0:
+            raise ValueError(
+                f"optimizer.name '{self.optimizer.name}' looks at each parameter as a whole, and ZeRO cuts them into slices: "
+                f"it needs parallel.zero_stage 0, got {self.parallel.zero_stage}"
+            )
         refusal = objective.refuse(self)
         if refusal is not None:
             raise ValueError(refusal)

@@ -35,6 +35,7 @@ class OptimizerConfig(Strict):
     backend: Literal["torch", "apex"] = "torch"
     rmsprop_decay: float = Field(default=0.9, gt=0, lt=1)
     eps: float = Field(default=1e-8, gt=0, description="of rmsprop (1.0 in the ALP code) and adam")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of adam and adamw")
 
     @model_validator(mode="after")
     def _nesterov(self) -> OptimizerConfig:
@@ -44,6 +45,8 @@ class OptimizerConfig(Strict):
         if self.backend not in self.facts.backends:
             having = ", ".join(name for name in OPTIMIZERS if self.backend in OPTIMIZERS[name].backends)
             raise ValueError(f"backend {self.backend} offers {having}, got {self.name}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas lie in [0, 1), got {list(self.betas)}")
         _no_options(self.name, self.options, OPTIMIZERS)
         return self
 

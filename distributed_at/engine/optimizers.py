@@ -10,6 +10,7 @@ from torch import nn
 
 from distributed_at.catalogue.optimizers import OPTIMIZERS
 from distributed_at.config import OptimizerConfig
+from distributed_at.engine.optimizer_rules import CentralisedSGD, TensorFlowRMSprop
 from distributed_at.errors import ConfigError
 from distributed_at.models import weight_decay_groups
 from distributed_at.user_code import told_by_line
@@ -42,6 +43,21 @@ def build_sgd(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) 
     return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
+def build_sgd_gc(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """Return SGD that centralises the gradients of convolutions and linear layers."""
+    return CentralisedSGD(groups, lr=lr, momentum=config.momentum, least_dims=2)
+
+
+def build_sgd_gcc(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """Return SGD that centralises the gradients of convolutions alone."""
+    return CentralisedSGD(groups, lr=lr, momentum=config.momentum, least_dims=4)
+
+
+def build_rmsprop_tf(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """Return RMSProp in TensorFlow's form."""
+    return TensorFlowRMSprop(groups, lr=lr, decay=config.rmsprop_decay, momentum=config.momentum, eps=config.eps)
+
+
 def build_rmsprop(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
     """Return RMSprop."""
     return torch.optim.RMSprop(groups, lr=lr, alpha=config.rmsprop_decay, momentum=config.momentum, eps=config.eps)
@@ -49,12 +65,12 @@ def build_rmsprop(groups: list[dict[str, Any]], config: OptimizerConfig, lr: flo
 
 def build_adam(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
     """Return Adam."""
-    return torch.optim.Adam(groups, lr=lr, eps=config.eps)
+    return torch.optim.Adam(groups, lr=lr, betas=config.betas, eps=config.eps)
 
 
 def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
     """Return AdamW."""
-    return torch.optim.AdamW(groups, lr=lr, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
 
 
 def _apex_sgd(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:

@@ -145,6 +145,16 @@ class Schedules:
             return 0.0
         return self.attack.eps * eps_scale(step, attack=self.attack, steps_per_epoch=self.steps_per_epoch)
 
+    def early_stop(self, step: int) -> int | None:
+        """Misclassifications that stop the attack on an image at step ``step``; None = it is never stopped.
+
+        The clock is that of Pang et al.'s code, (step + 1) / steps an epoch, as for their rates.
+        """
+        if self.attack is None or self.attack.early_stop is None:
+            return None
+        clock = step + 1 + _TOLERANCE
+        return self.attack.early_stop + sum(clock >= e * self.steps_per_epoch for e in self.attack.early_stop_epochs)
+
     def epoch(self, step: int) -> float:
         """Epoch, as a fraction, at which step ``step`` happens."""
         return step / self.steps_per_epoch

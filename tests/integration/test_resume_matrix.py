@@ -33,7 +33,7 @@ OPTIMIZERS, SCHEDULES = OPTIMIZER_REGISTRY.builtin, SCHEDULE_REGISTRY.builtin
 
 # What an entry of a registry needs beside its name; most need nothing.
 SCHEDULE_NEEDS = {"piecewise": ["schedule.milestones=[1.4,2]"], "exponential": ["schedule.decay_every=0.5"]}
-RATES = {"adam": "0.01", "adamw": "0.01", "rmsprop": "0.001"}
+RATES = {"adam": "0.01", "adamw": "0.01", "rmsprop": "0.001", "rmsprop_tf": "0.001"}
 FEATURES = {
     "none": [],
     "ema": ["train.ema={decay: 0.9, dynamic: true, buffers: average}"],
@@ -91,6 +91,7 @@ def overrides(case: Case) -> list[str]:
         f"model.norm={norm}",
         f"optimizer.name={optimizer}",
         f"optimizer.lr={RATES.get(optimizer, '0.1')}",
+        *(["parallel.zero_stage=0"] if OPTIMIZER_REGISTRY[optimizer].whole_parameters else []),
         f"schedule.name={schedule}",
         *SCHEDULE_NEEDS.get(schedule, []),
         *FEATURES[feature],

@@ -137,7 +137,25 @@ CASES: dict[str, Case] = {
         worlds=((1, 1), (2, 2)),
     ),
     "adversarial training on a divergence": Case(("attack={loss: kl, start: uniform}",), worlds=((1, 1), (2, 1))),
-    "friendly": Case(("attack={num_steps: 5, early_stop: 2}", "objective.bn_clean_updates_per_step=2")),
+    "centralised gradients": Case(
+        ("optimizer={name: sgd_gc, lr: 0.1, momentum: 0.9, weight_decay: 0.02}", "parallel.zero_stage=0"),
+        worlds=((1, 1), (2, 1)),
+    ),
+    "centralised gradients of convolutions": Case(
+        ("optimizer={name: sgd_gcc, lr: 0.1, momentum: 0.5, weight_decay: 0.02}", "parallel.zero_stage=0"),
+        worlds=((1, 1), (1, 2)),
+    ),
+    "logit pairing's optimiser": Case(
+        (
+            "optimizer={name: rmsprop_tf, lr: 0.01, rmsprop_decay: 0.8, momentum: 0.9, eps: 0.5}",
+            "schedule={name: exponential, decay_every: 0.7, factor: 0.5}",
+        ),
+        worlds=((1, 1), (2, 2)),
+    ),
+    "other betas": Case(("optimizer={name: adam, lr: 0.01, eps: 1e-3, betas: [0.5, 0.95]}",), worlds=((1, 1),)),
+    "friendly": Case(
+        ("attack={num_steps: 5, early_stop: 1, early_stop_epochs: [0.6, 1.4]}", "objective.bn_clean_updates_per_step=2")
+    ),
     "uncovering the limits": Case(
         (
             "objective={name: trades, clean_bn: batch}",

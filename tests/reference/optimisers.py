@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BETAS = (0.9, 0.999)  # Kingma & Ba 2015
-
 
 class Optimiser:
     """Keeps each parameter's state by name and moves the parameters."""
@@ -16,12 +14,14 @@ class Optimiser:
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, weight in trained.items():
             self.state[name] = {key: torch.zeros_like(weight) for key in self._tensors()}
-            if section["name"] != "sgd":
+            if section["name"] not in ("sgd", "sgd_gc", "sgd_gcc", "rmsprop_tf"):
                 self.state[name]["step"] = torch.zeros(())
 
     def _tensors(self) -> list[str]:
         momentum = ["momentum_buffer"] if self.section["momentum"] else []
-        return {"sgd": momentum, "rmsprop": ["square_avg", *momentum]}.get(
+        if self.section["name"] == "rmsprop_tf":
+            return ["square_less_one", "momentum_buffer"]
+        return {"sgd": momentum, "sgd_gc": momentum, "sgd_gcc": momentum, "rmsprop": ["square_avg", *momentum]}.get(
             self.section["name"], ["exp_avg", "exp_avg_sq"]
         )
 
@@ -45,6 +45,24 @@ class Optimiser:
                 return weight - lr * gradient
             state["momentum_buffer"] = v = mu * state["momentum_buffer"] + gradient
             return weight - lr * (gradient + mu * v if section["nesterov"] else v)
+        if kind in (
+            "sgd_gc",
+            "sgd_gcc",
+        ):  # Yong et al. 2020, eq. 1, on the gradient with its decay, as Pang et al.'s code
+            if weight.dim() >= {"sgd_gc": 2, "sgd_gcc": 4}[kind]:
+                rows = gradient.reshape(len(gradient), -1)
+                gradient = (rows - rows.mean(dim=1, keepdim=True)).view_as(weight)
+            if mu:
+                state["momentum_buffer"] = gradient = mu * state["momentum_buffer"] + gradient
+            return weight - lr * gradient
+        if kind == "rmsprop_tf":  # tf.train.RMSPropOptimizer: ms from 1, epsilon in the root, the rate in the momentum
+            a = section["rmsprop_decay"]
+            ms = a * (state["square_less_one"] + 1) + (1 - a) * gradient**2
+            state["square_less_one"] = ms - 1
+            state["momentum_buffer"] = mom = (
+                mu * state["momentum_buffer"] + lr * gradient / (ms + section["eps"]).sqrt()
+            )
+            return weight - mom
         state["step"] = state["step"] + 1
         if kind == "rmsprop":
             a = section["rmsprop_decay"]
@@ -55,8 +73,9 @@ class Optimiser:
             return weight - lr * update
         if kind in ("adam", "adamw"):
             t = float(state["step"])
-            state["exp_avg"] = first = BETAS[0] * state["exp_avg"] + (1 - BETAS[0]) * gradient
-            state["exp_avg_sq"] = second = BETAS[1] * state["exp_avg_sq"] + (1 - BETAS[1]) * gradient**2
-            first, second = first / (1 - BETAS[0] ** t), second / (1 - BETAS[1] ** t)
+            b = section["betas"]  # Kingma & Ba 2015: 0.9 and 0.999
+            state["exp_avg"] = first = b[0] * state["exp_avg"] + (1 - b[0]) * gradient
+            state["exp_avg_sq"] = second = b[1] * state["exp_avg_sq"] + (1 - b[1]) * gradient**2
+            first, second = first / (1 - b[0] ** t), second / (1 - b[1] ** t)
             return weight - lr * first / (second.sqrt() + section["eps"])
         raise NotImplementedError(f"the reference knows no optimiser {kind!r}: write its rule here")

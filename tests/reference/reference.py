@@ -162,6 +162,7 @@ class Reference:
         adv = None
         if attack is not None:
             bn = {"eval": "running", "batch": "batch", "train": "train"}[attack["bn_mode"]]
+            attack = schedules.tolerance(step, attack, self.steps_per_epoch)
             adv = perturb(
                 lambda x: network(x, branch, bn), group.images, group.labels, group.ids,
                 attack=attack, eps=schedules.radius(step, attack, self.steps_per_epoch), seed=self.recipe["seed"],

@@ -60,6 +60,15 @@ def learning_rate(step: int, recipe: dict, steps_per_epoch: int) -> float:
     raise NotImplementedError(f"the reference knows no schedule {name!r}: write its formula here")
 
 
+def tolerance(step: int, attack: dict, steps_per_epoch: int) -> dict:
+    """Return the attack of a step: Pang et al.'s code adds one to the counter from each epoch on, by its clock."""
+    if attack["early_stop"] is None:
+        return attack
+    time = Fraction(step + 1, steps_per_epoch)
+    more = len([e for e in attack["early_stop_epochs"] if time >= epochs(e)])
+    return {**attack, "early_stop": attack["early_stop"] + more}
+
+
 def radius(step: int, attack: dict | None, steps_per_epoch: int) -> float:
     """Return eps of a step, in /255; 0 without an attack."""
     if attack is None:

@@ -65,6 +65,15 @@ def test_codes_that_count_epochs_from_one_drop_when_the_epoch_of_that_number_beg
             assert pang((epoch - 1) * 391 + iteration, schedule) == pytest.approx(0.1 * 0.1**drops)
 
 
+def test_tolerance_of_early_stopped_pgd_rises_by_the_codes_clock():
+    """Pang et al.'s code: 1 before the first epoch, 2 before the second, then 3; t = epoch + (i + 1) / iterations."""
+    config = load_recipe("cifar/bag_of_tricks/table2.yaml#resnet18-early-stop-40-70").config
+    schedules = Schedules.from_config(config, 391)
+    found = [schedules.early_stop(epoch * 391 + i) for epoch, i in ((0, 0), (39, 389), (39, 390), (69, 389), (69, 390))]
+    assert found == [1, 1, 2, 2, 3]
+    assert Schedules.from_config(load_recipe("cifar/bag_of_tricks/base").config, 391).early_stop(50) is None
+
+
 def test_every_trades_row_drops_as_its_code_does():
     found = [entry.config for entry in list_recipes() if "bag_of_tricks" in entry.ref]
     assert {c.schedule.boundary for c in found if c.objective.name == "trades"} == {"counted_from_one"}

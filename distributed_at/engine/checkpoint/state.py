@@ -30,6 +30,7 @@ _ZERO_START = {
         *(("momentum_buffer",) if g["momentum"] else ()),
         *(("grad_avg",) if g["centered"] else ()),
     ),
+    "TensorFlowRMSprop": lambda g: ("square_less_one", "momentum_buffer"),
 }
 
 # What this module needs of DeepSpeed's ZeRO 1/2 optimiser and of its parameters; see the tripwire test.
