@@ -10,6 +10,7 @@ system calls (gloo makes one a message); the same of one step, one log row, one 
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -40,6 +41,17 @@ def small(num_classes, image_size):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes))
 """
 STEPS_OF_THE_FIRST_START = 2
+# by every rank otherwise, for longer than it computes
+IMPORTED_ONCE = (
+    "distributed_at.engine.run",
+    "distributed_at.engine.runs.evaluate_run",
+    "distributed_at.objectives.pgd_at",
+    "distributed_at.observe.tables",
+    "sklearn.datasets",
+    "torch._dynamo",
+    "torch._functorch.partitioners",
+    "torch.utils.cpp_extension",
+)
 KINDS = ("writes", "opened", "listed", "sockets")
 
 
@@ -162,11 +174,14 @@ def count(folder: Path, world_size: int) -> dict[str, Any]:
     """Train, go on and evaluate at a world size; return part -> kind -> a number for each rank."""
     import torch
 
+    from distributed_at.cli import build_parser
     from distributed_at.engine.processes.world import import_deepspeed
-    from distributed_at.engine.run import run_training  # noqa: F401 - imported once, before the ranks are forked
 
     torch.set_num_threads(1)
     import_deepspeed()
+    build_parser()
+    for name in IMPORTED_ONCE:
+        importlib.import_module(name)
     folder.mkdir(parents=True)
     images = max(16, 2 * world_size)
     recipe = folder / "counted.yaml"
