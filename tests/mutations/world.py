@@ -108,4 +108,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         "first = 1",
         "tests/distributed/test_open_files.py::test_rank_0_alone_needs_more_with_every_rank",
     ),
+    Mutation(
+        "a rank killed in set-up makes the run one that has saved itself",
+        "engine/processes/launch.py",
+        "    if first_failure != EXIT_REQUEUE:",
+        "    if first_failure is None:",
+        "tests/unit/test_launch.py::test_the_code_of_several_failing_ranks_is_the_one_that_explains_most",
+    ),
 )

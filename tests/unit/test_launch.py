@@ -102,6 +102,8 @@ class Ended:
         ([EXIT_HANG, -9], EXIT_HANG),  # killed: the one that noticed says more
         ([-9, -15], 128 + 9),
         ([85, 85], 85),
+        ([-9, 85], 128 + 9),  # killed while the run was set up; the other left because the launcher said so
+        ([7, 85], 7),
     ],
 )
 def test_the_code_of_several_failing_ranks_is_the_one_that_explains_most(codes, expected):

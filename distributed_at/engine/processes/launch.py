@@ -18,7 +18,7 @@ from pathlib import Path
 from distributed_at.cores import allowed_cores
 from distributed_at.engine.processes.open_files import allow_files
 from distributed_at.engine.processes.preemption import leave_terminal, stop_signals
-from distributed_at.errors import EXIT_HANG, ConfigError
+from distributed_at.errors import EXIT_HANG, EXIT_REQUEUE, ConfigError
 
 KILL_AFTER_SECONDS = 30.0
 FIRST_PORT, PORTS = 20000, 12000  # below what systems give to outgoing connections, from 32768 on
@@ -214,6 +214,10 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         first_failure = next((c for c in codes if c), 0)
     # a worker that raised a message of ours explains more than one that was killed for it, or that lost it
     own = [c for c in codes if c is not None and 0 < c < 128]
+    if (
+        first_failure != EXIT_REQUEUE
+    ):  # a rank that was only told to stop, by us, does not make a crash a request to go on
+        own = [c for c in own if c != EXIT_REQUEUE]
     own.sort(key=lambda code: (code == EXIT_HANG, code != first_failure))
     told = own[0] if own else None
     result = told if first_failure and told is not None else first_failure
