@@ -111,8 +111,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "a rank killed in set-up makes the run one that has saved itself",
         "engine/processes/launch.py",
-        "    if first_failure != EXIT_REQUEUE:",
-        "    if first_failure is None:",
+        "if first_failure != EXIT_REQUEUE:",
+        "if first_failure is None:",
         "tests/unit/test_launch.py::test_the_code_of_several_failing_ranks_is_the_one_that_explains_most",
     ),
 )

@@ -214,9 +214,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         first_failure = next((c for c in codes if c), 0)
     # a worker that raised a message of ours explains more than one that was killed for it, or that lost it
     own = [c for c in codes if c is not None and 0 < c < 128]
-    if (
-        first_failure != EXIT_REQUEUE
-    ):  # a rank that was only told to stop, by us, does not make a crash a request to go on
+    if first_failure != EXIT_REQUEUE:
+        # a rank that was only told to leave, by us, does not make a crash a request to go on
         own = [c for c in own if c != EXIT_REQUEUE]
     own.sort(key=lambda code: (code == EXIT_HANG, code != first_failure))
     told = own[0] if own else None
