@@ -113,7 +113,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "adam forgets the recipe's eps",
         "engine/optimizers.py",
-        "torch.optim.Adam(groups, lr=lr, eps=config.eps)",
+        "torch.optim.Adam(groups, lr=lr, betas=config.betas, eps=config.eps)",
         "torch.optim.Adam(groups, lr=lr)",
         _RUN + "[trades-1x1]",
     ),
