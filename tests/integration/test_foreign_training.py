@@ -103,6 +103,7 @@ def test_network_of_a_file_beside_the_recipe_is_part_of_the_run(here: Path) -> N
     assert json.loads(done.stdout)["rows"][0]["total"] == 16
 
 
+@pytest.mark.slow  # that masks are those of the samples whatever the batch is tested in unit/test_foreign_networks.py
 def test_two_workers_train_a_file_s_network_with_dropout_as_one_does(here: Path) -> None:
     """Masks belong to samples: on two ranks the same images are dropped, up to the order of sums."""
     words = [*WORDS, "train.epochs=0.5", "train.bn_group_size=4"]
