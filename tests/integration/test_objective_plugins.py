@@ -36,7 +36,7 @@ from tests.training_kit import state_digest, train, training_rows
 
 STOP_AT = 5  # of 9 steps, or of 18: the middle of an epoch, and of a batch that is used twice
 WORDS = {
-    "mart": ["objective.name=mart"],
+    "mart": ["objective.name=own_mart"],
     "free": ["objective.name=free", "attack.eps_warmup_epochs=1"],
     "taught": ["objective.name=taught"],
     "halved": ["objective.name=halved", "parallel.zero_stage=0"],
@@ -54,17 +54,17 @@ def plan(*words: str) -> Plan:
 
 
 def test_plan_and_schema_know_the_plugin_by_what_it_declares() -> None:
-    mart, trades, pgd_at = (plan(f"objective.name={name}") for name in ("mart", "trades", "pgd_at"))
+    mart, trades, pgd_at = (plan(f"objective.name={name}") for name in ("own_mart", "trades", "pgd_at"))
     assert (mart.train_units, pgd_at.train_units) == (6, 3)
     assert mart.memory.activations == trades.memory.activations == 2 * pgd_at.memory.activations
-    assert plan("objective.name=mart", "model.norm=mbn").train_units == 6
+    assert plan("objective.name=own_mart", "model.norm=mbn").train_units == 6
     for words, said in (
-        (["objective.name=mrat"], "Did you mean 'mart'?"),
-        (["objective={name: mart, bta: 1}"], "Did you mean 'objective.beta'? Allowed: beta, name"),
-        (["objective.name=mart", "objective.beta=-1"], "objective.beta: must be at least 0, got -1"),
-        (["objective.name=mart", "attack=null"], "objective 'mart' needs attack"),
-        (["objective.name=mart", "attack.loss=kl"], "belongs to objectives that train on it (trades)"),
-        (["objective.name=mart", "train.bn_only=adv"], "'mart' trains on clean and adv images: use pgd_at"),
+        (["objective.name=own_mrat"], "Did you mean 'own_mart'?"),
+        (["objective={name: own_mart, bta: 1}"], "Did you mean 'objective.beta'? Allowed: beta, name"),
+        (["objective.name=own_mart", "objective.beta=-1"], "objective.beta: must be at least 0, got -1"),
+        (["objective.name=own_mart", "attack=null"], "objective 'own_mart' needs attack"),
+        (["objective.name=own_mart", "attack.loss=kl"], "belongs to objectives that train on it (pgd_at, trades, mart"),
+        (["objective.name=own_mart", "train.bn_only=adv"], "'own_mart' trains on clean and adv images: use pgd_at"),
     ):
         with pytest.raises(ConfigError) as caught:
             plan(*words)
@@ -72,7 +72,7 @@ def test_plan_and_schema_know_the_plugin_by_what_it_declares() -> None:
 
 
 def test_plugin_is_told_what_it_lacks_and_nothing_else() -> None:
-    lacks = missing("mart", Mart, None, home="tests/mart.py")
+    lacks = missing("own_mart", Mart, None, home="tests/mart.py")
     assert len(lacks) == 2
     assert "no conformance check" in lacks[0]
     assert "no planted fault in mart.py" in lacks[1]

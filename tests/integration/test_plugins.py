@@ -35,7 +35,7 @@ def here(tmp_path: Path):
     """A folder with a recipe and the plug-in that it names; what it registered is forgotten afterwards."""
     shutil.copy(MART, tmp_path / "mart.py")
     (tmp_path / "mine.yaml").write_text(
-        "extends: digits/adversarial.yaml\nname: mine\nplugins: [mart.py]\nobjective: {name: mart, beta: 4}\n"
+        "extends: digits/adversarial.yaml\nname: mine\nplugins: [mart.py]\nobjective: {name: own_mart, beta: 4}\n"
     )
     before = set(OBJECTIVES)
     yield tmp_path
@@ -49,7 +49,7 @@ def recipe(folder: Path, *overrides: str) -> RunConfig:
 
 def test_recipe_names_a_file_beside_it_and_the_run_knows_its_content(here: Path) -> None:
     config = recipe(here, "objective.beta=3")
-    assert config.objective.model_dump() == {"name": "mart", "beta": 3.0}
+    assert config.objective.model_dump() == {"name": "own_mart", "beta": 3.0}
     (plugin,) = config.plugins
     assert Path(plugin.path) == here / "mart.py"
     assert make_plan(config).train_units == 6  # two trained passes, as the file says
@@ -110,15 +110,15 @@ def test_absent_file_is_told_with_the_line_that_names_it(here: Path) -> None:
 
 
 def test_names_of_a_plugin_are_suggested_like_ours(here: Path) -> None:
-    with pytest.raises(ConfigError, match=r"objective.name: 'marl'.*Did you mean 'mart'"):
-        recipe(here, "objective.name=marl")
+    with pytest.raises(ConfigError, match=r"objective.name: 'own_marl'.*Did you mean 'own_mart'"):
+        recipe(here, "objective.name=own_marl")
     with pytest.raises(ConfigError, match=r"unknown key 'bta'.*Did you mean 'objective.beta'"):
         recipe(here, "objective.bta=2")
 
 
 def test_command_line_trains_with_a_plugin_given_there(here: Path) -> None:
     """In a process of its own, as a user's shell would; two workers are tests/distributed's business."""
-    words = ["plan", "digits/adversarial.yaml", f"plugins=[{here / 'mart.py'}]", "objective={name: mart}", "--json"]
+    words = ["plan", "digits/adversarial.yaml", f"plugins=[{here / 'mart.py'}]", "objective={name: own_mart}", "--json"]
     done = subprocess.run([sys.executable, "-m", "distributed_at", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["train_units"] == 6

@@ -20,7 +20,7 @@ class Mart(Objective):
     class Config(ObjectiveSection):
         """MART."""
 
-        name: Literal["mart"] = "mart"
+        name: Literal["own_mart"] = "own_mart"
         beta: float = Field(default=5.0, ge=0, description="weight of the KL")
 
     config: Config
@@ -50,4 +50,4 @@ def mart_loss(
     return (boosted + beta * divergence * (1.0 - clean.exp()[is_true])).mean()
 
 
-OBJECTIVES = {"mart": Mart}
+OBJECTIVES = {"own_mart": Mart}
