@@ -88,7 +88,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "every rank of a node tries the disk",
-        "engine/checkpoint/manager.py",
+        "engine/checkpoint/examination.py",
         "elif hosts.index(hosts[ranks.rank]) == ranks.rank:",
         "else:",
         _GROWTH + "test_no_rank_opens_or_lists_more_in_a_larger_world",

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 from distributed_at.engine.checkpoint import files
+from distributed_at.engine.checkpoint.examination import examine, probe
 from distributed_at.engine.checkpoint.files import BadCheckpoint, Manifest
 from distributed_at.engine.checkpoint.ranks import SHOWN, Ranks, attempt, merge
 from distributed_at.engine.checkpoint.reader import PlainWriter, SafeReader
@@ -36,8 +35,7 @@ from distributed_at.engine.checkpoint.shards import (
     mismatches,
     snapshot,
 )
-from distributed_at.errors import CheckpointError, UserError
-from distributed_at.files import write_atomically
+from distributed_at.errors import CheckpointError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -313,7 +311,7 @@ class CheckpointManager:
             listed = [folder for _, folder in sorted(named, reverse=True)], files.quarantined(self.root)
         candidates, quarantined = self.ranks.broadcast(listed)  # type: ignore[misc]
         for folder in candidates:
-            bad = self._unreadable.get(folder) or self._examine(folder, content=True)[1]
+            bad = self._unreadable.get(folder) or examine(folder, self.ranks, content=True)[1]
             if bad is None:
                 return folder, reasons
             reasons.append((folder.name, str(bad)))
@@ -321,32 +319,6 @@ class CheckpointManager:
                 self._bad.append(folder)
         reasons += [(name, "found bad by an earlier start") for name in quarantined]
         return None, reasons
-
-    def _examine(self, folder: Path, *, content: bool) -> tuple[Manifest | None, BadCheckpoint | None]:
-        """Look at every file once, each rank at its share, and return this rank's manifest and what is wrong for all.
-
-        ``content``: every byte, else sizes alone.
-        """
-        ranks = self.ranks
-        manifest, why, certain = None, None, True
-        try:
-            manifest = files.read_manifest(folder)
-            look = files.verify_share if content else files.check_sizes
-            look(folder, manifest, rank=ranks.rank, world_size=ranks.world_size)
-            if content and ranks.is_first:
-                SafeReader(folder, manifest).read_metadata()  # a list that is right may be of rubbish
-        except BadCheckpoint as bad:
-            why, certain = str(bad), bad.certain
-        except OSError as error:
-            why, certain = f"{error.strerror}: {error.filename}", False
-        found = ranks.gather((why, certain, manifest.digest if manifest is not None else ""))
-        failures = [f"rank {rank}: {told}" for rank, (told, _, _) in enumerate(found) if told]
-        if failures:
-            return manifest, BadCheckpoint(merge(failures), certain=all(sure for told, sure, _ in found if told))
-        if len({digest for _, _, digest in found}) > 1:
-            told = "ranks see different files under this path: the run folder must be on a shared file system"
-            return manifest, BadCheckpoint(told, certain=False)
-        return manifest, None
 
     def _tidy(self) -> None:
         """Once, before the first save: set bad checkpoints aside and remove what an interrupted save left."""
@@ -370,7 +342,7 @@ class CheckpointManager:
         folder = Path(path)
         shards = as_shards(tensors)
         ranks = self.ranks
-        manifest, bad = self._examine(folder, content=ranks.broadcast(folder not in self._verified))
+        manifest, bad = examine(folder, ranks, content=ranks.broadcast(folder not in self._verified))
         if bad is not None:
             raise CheckpointError(f"cannot use checkpoint {folder}: {bad}")
         assert manifest is not None
@@ -420,28 +392,8 @@ class CheckpointManager:
         return None
 
     def probe(self) -> None:
-        """Let a rank of every node write and remove a small file, so that a disk that refuses is found before hours are spent.
-
-        Raises:
-            UserError: the same on all ranks, where one cannot write, or the ranks do not see one folder.
-        """
-        ranks = self.ranks
-        mark, hosts = ranks.broadcast(uuid.uuid4().hex), ranks.gather(socket.gethostname())
-        path = self.root / f".probe-{mark}"
-        failures = ranks.failures(attempt(lambda: write_atomically(path, "x" * 4096)) if ranks.is_first else None)
-        if not failures:
-            failure = None
-            if not path.exists():
-                failure = "does not see what rank 0 wrote; the run folder must be on a file system that all nodes share"
-            elif hosts.index(hosts[ranks.rank]) == ranks.rank:  # what a node may, all its ranks may
-                own = path.with_name(f"{path.name}-{ranks.rank}")
-                failure = attempt(lambda: write_atomically(own, "x" * 4096))
-                attempt(own.unlink)
-            failures = ranks.failures(failure)
-            if ranks.is_first:
-                attempt(path.unlink)
-        if failures:
-            raise UserError(f"cannot write checkpoints to {self.root}: {'; '.join(failures[:SHOWN])}")
+        """See that checkpoints can be written here; see ``examination.probe``."""
+        probe(self.root, self.ranks)
 
 
 def _fresh_folder(path: Path) -> None:
