@@ -138,6 +138,30 @@ def test_refusals_are_the_same_on_all_ranks_and_a_damaged_newest_one_is_skipped_
     assert "__0_0.distcp is missing" in first
 
 
+def load_where_one_node_is_behind(root):
+    """Rank 1's node does not see a new file yet, and its share of the looking is that file."""
+    plain = files.open_plain
+
+    def behind(path):
+        if dist.get_rank() == 1 and path.parent.name == "step_00000002" and path.name == "__0_0.distcp":
+            raise files.BadCheckpoint(f"{path.name} is missing")
+        return plain(path)
+
+    files.open_plain = behind
+    manager = CheckpointManager(root, retry_seconds=0.0)
+    path = manager.latest_good()
+    assert manager.save(3, {"split": shard(whole(3))}, {"step": 3}).ok
+    return path.name, sorted(os.listdir(root))
+
+
+def test_a_node_that_is_behind_sets_no_good_checkpoint_aside(tmp_path):
+    root = tmp_path / "c"
+    worker.run(tmp_path / "a", 2, save_steps, root, [1, 2], False)
+    for name, there in worker.run(tmp_path / "b", 2, load_where_one_node_is_behind, root):
+        assert name == "step_00000001"
+        assert there == ["step_00000002", "step_00000003"]  # the two newest, by their names
+
+
 def probe_apart(folder):
     try:
         CheckpointManager(folder / str(dist.get_rank())).probe()

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -91,6 +92,19 @@ def test_contents_that_cannot_be_loaded_give_way_to_the_checkpoint_before(tmp_pa
     assert m.save(3, state(3), {}).ok
     assert not (tmp_path / "step_00000002").exists()
     assert list(tmp_path.glob(".bad-step_00000002-*"))
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError("no room")])
+def test_disk_or_memory_that_refuses_while_a_checkpoint_is_read_is_told_and_no_older_one_taken(
+    error, tmp_path, monkeypatch
+):
+    saved(tmp_path, 1, 2)
+    m = manager(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("distributed_at.engine.checkpoint.reader._read_tensor", mock.Mock(side_effect=error))
+        with pytest.raises(CheckpointError, match=r"cannot read checkpoint .*step_00000002: .*(Input/output|no room)"):
+            m.load_latest(lambda: state(0))
+    assert m.load_latest(lambda: state(0)) == (tmp_path / "step_00000002", {"epoch": 0.2})
 
 
 def test_where_every_content_is_unreadable_each_is_named(tmp_path):

@@ -33,11 +33,22 @@ def examine(folder: Path, ranks: Ranks, *, content: bool) -> tuple[Manifest | No
     found = ranks.gather((why, certain, manifest.digest if manifest is not None else ""))
     failures = [f"rank {rank}: {told}" for rank, (told, _, _) in enumerate(found) if told]
     if failures:
-        return manifest, BadCheckpoint(merge(failures), certain=all(sure for told, sure, _ in found if told))
+        told, certain, _ = found[0]
+        if not told:  # a node that does not see a new file yet is no reason to set the checkpoint aside for all
+            certain = ranks.broadcast(ranks.is_first and _certainly_bad(folder))
+        return manifest, BadCheckpoint(merge(failures), certain=certain)
     if len({digest for _, _, digest in found}) > 1:
         told = "ranks see different files under this path: the run folder must be on a shared file system"
         return manifest, BadCheckpoint(told, certain=False)
     return manifest, None
+
+
+def _certainly_bad(folder: Path) -> bool:
+    try:
+        files.verify(folder)
+    except BadCheckpoint as bad:
+        return bad.certain
+    return False
 
 
 def probe(root: Path, ranks: Ranks) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 from distributed_at.engine.checkpoint import files
 from distributed_at.engine.checkpoint.examination import examine, probe
 from distributed_at.engine.checkpoint.files import BadCheckpoint, Manifest
-from distributed_at.engine.checkpoint.ranks import SHOWN, Ranks, attempt, merge
+from distributed_at.engine.checkpoint.ranks import SHOWN, Ranks, attempt, came_from_outside, merge
 from distributed_at.engine.checkpoint.reader import PlainWriter, SafeReader
 from distributed_at.engine.checkpoint.retention import prune, read_best, write_best
 from distributed_at.engine.checkpoint.shards import (
@@ -35,7 +35,7 @@ from distributed_at.engine.checkpoint.shards import (
     mismatches,
     snapshot,
 )
-from distributed_at.errors import CheckpointError
+from distributed_at.errors import CheckpointError, first_line
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -358,17 +358,23 @@ class CheckpointManager:
         if failures := ranks.failures(failure):
             raise CheckpointError(f"cannot use checkpoint {folder}: {merge(failures)}")
         own = {name: shard.share(name, ranks.rank, ranks.world_size) for name, shard in shards.items()}
-        failure = attempt(
-            lambda: dcp.load(
+        failure, outside = None, False
+        try:
+            dcp.load(
                 {name: shard for name, shard in own.items() if shard.local.numel()},
                 storage_reader=reader,
                 planner=FlatLoadPlanner(),
                 no_dist=True,  # each rank knows what it reads, and one that fails tells it below
             )
-        )
-        if failures := ranks.failures(failure):
-            self._unreadable[folder] = BadCheckpoint(f"cannot be read: {merge(failures)}")
-            raise UnreadableCheckpoint(f"cannot read checkpoint {folder}: {merge(failures)}")
+        except (Exception, CheckpointException) as error:
+            failure, outside = first_line(error), came_from_outside(error)
+        found = ranks.gather((failure, outside))
+        if failures := [f"rank {rank}: {why}" for rank, (why, _) in enumerate(found) if why]:
+            told = merge(failures)
+            if any(outside for _, outside in found):  # the same bytes may be read another time
+                raise CheckpointError(f"cannot read checkpoint {folder}: {told}")
+            self._unreadable[folder] = BadCheckpoint(f"cannot be read: {told}")
+            raise UnreadableCheckpoint(f"cannot read checkpoint {folder}: {told}")
         if ranks.world_size > 1:
             complete(shards, own, ranks.group)
         with torch.no_grad():

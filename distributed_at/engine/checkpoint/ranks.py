@@ -69,6 +69,12 @@ def attempt(action: Callable[[], Any]) -> str | None:
     return None
 
 
+def came_from_outside(error: BaseException) -> bool:
+    """Whether the disk or the memory refused, which says nothing of what is in a file."""
+    nested = error.failures.values() if isinstance(error, CheckpointException) else ()  # (error, its stack) by rank
+    return isinstance(error, (OSError, MemoryError)) or any(came_from_outside(why[0]) for why in nested)
+
+
 def merge(failures: list[str]) -> str:
     """One sentence where all ranks say the same, else the first few."""
     told = {failure.split(": ", 1)[-1] for failure in failures}
