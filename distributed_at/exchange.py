@@ -47,8 +47,9 @@ def largest(values: Sequence[int], group: dist.ProcessGroup | None = None) -> li
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     own = torch.tensor(list(values), dtype=torch.int64)
     for distance in _distances(world_size):
-        others = torch.empty_like(own)
-        _swap(own.clone(), others, (rank - distance) % world_size, (rank + distance) % world_size, group)
+        others = _swap(
+            own, torch.empty_like(own), (rank - distance) % world_size, (rank + distance) % world_size, group
+        )
         own = torch.maximum(own, others)  # what is seen twice changes no maximum
     return [int(v) for v in own.tolist()]
 
@@ -74,12 +75,16 @@ def _distances(world_size: int) -> Iterator[int]:
         distance *= 2
 
 
-def _swap(own: torch.Tensor, others: torch.Tensor, to: int, source: int, group: dist.ProcessGroup | None) -> None:
-    sent = dist.isend(own, dst=to, group=group)
-    received = dist.irecv(others, src=source, group=group)
+def _swap(
+    own: torch.Tensor, others: torch.Tensor, to: int, source: int, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Send one tensor and fill another; an empty one is not sent, which its receiver knows."""
+    sent = dist.isend(own, dst=to, group=group) if own.numel() else None
+    received = dist.irecv(others, src=source, group=group) if others.numel() else None
     for work in (sent, received):
         if work is not None:
             work.wait()
+    return others
 
 
 def _swap_objects(values: list[Any], to: int, source: int, group: dist.ProcessGroup | None) -> list[Any]:
@@ -87,14 +92,9 @@ def _swap_objects(values: list[Any], to: int, source: int, group: dist.ProcessGr
     message = bytearray(len(data).to_bytes(_HEADER, "little") + data)
     message.extend(bytes(max(0, _FIRST_BYTES - len(message))))
     own = torch.frombuffer(message, dtype=torch.uint8)
-    first = torch.empty(_FIRST_BYTES, dtype=torch.uint8)
-    _swap(own[:_FIRST_BYTES], first, to, source, group)
+    first = _swap(own[:_FIRST_BYTES], torch.empty(_FIRST_BYTES, dtype=torch.uint8), to, source, group)
     length = int.from_bytes(first[:_HEADER].numpy().tobytes(), "little") + _HEADER
-    rest = torch.empty(max(0, length - _FIRST_BYTES), dtype=torch.uint8)
     # one direction may need a second message where the other does not
-    sent = dist.isend(own[_FIRST_BYTES:], dst=to, group=group) if len(own) > _FIRST_BYTES else None
-    received = dist.irecv(rest, src=source, group=group) if len(rest) else None
-    for work in (sent, received):
-        if work is not None:
-            work.wait()
+    rest = torch.empty(max(0, length - _FIRST_BYTES), dtype=torch.uint8)
+    _swap(own[_FIRST_BYTES:], rest, to, source, group)
     return pickle.loads(torch.cat([first, rest])[_HEADER:length].numpy().tobytes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,19 +25,12 @@ class CentralisedSGD(torch.optim.SGD):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
         assert closure is None, "there is no closure in a training step"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
-                if gradient.dim() >= self.least_dims:
-                    gradient -= gradient.mean(dim=tuple(range(1, gradient.dim())), keepdim=True)
-                if group["momentum"]:
-                    state = self.state[parameter]
-                    if state.get("momentum_buffer") is None:
-                        state["momentum_buffer"] = torch.zeros_like(parameter)
-                    gradient = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-                parameter.add_(gradient, alpha=-group["lr"])
+        for group, parameter, gradient in _decayed_gradients(self):
+            if gradient.dim() >= self.least_dims:
+                gradient -= gradient.mean(dim=tuple(range(1, gradient.dim())), keepdim=True)
+            if group["momentum"]:
+                gradient = _kept(self, parameter, "momentum_buffer").mul_(group["momentum"]).add_(gradient)
+            parameter.add_(gradient, alpha=-group["lr"])
 
 
 class TensorFlowRMSprop(torch.optim.Optimizer):
@@ -55,17 +48,28 @@ class TensorFlowRMSprop(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
         assert closure is None, "there is no closure in a training step"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
-                state = self.state[parameter]
-                for key in ("square_less_one", "momentum_buffer"):
-                    if state.get(key) is None:
-                        state[key] = torch.zeros_like(parameter)
-                square, moved = state["square_less_one"], state["momentum_buffer"]
-                square.lerp_(gradient.square() - 1.0, 1.0 - group["decay"])
-                update = gradient * (square + (1.0 + group["eps"])).rsqrt()
-                moved.mul_(group["momentum"]).add_(update, alpha=group["lr"])
-                parameter.sub_(moved)
+        for group, parameter, gradient in _decayed_gradients(self):
+            square = _kept(self, parameter, "square_less_one")
+            square.lerp_(gradient.square() - 1.0, 1.0 - group["decay"])
+            update = gradient * (square + (1.0 + group["eps"])).rsqrt()
+            moved = _kept(self, parameter, "momentum_buffer").mul_(group["momentum"]).add_(update, alpha=group["lr"])
+            parameter.sub_(moved)
+
+
+def _decayed_gradients(
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
+    """Yield (group, parameter, gradient with its weight decay, of its own memory) where there is a gradient."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield group, parameter, parameter.grad.add(parameter, alpha=group["weight_decay"])
+
+
+def _kept(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, key: str) -> torch.Tensor:
+    """Return a tensor of a parameter's state, which begins at zero."""
+    state = optimizer.state[parameter]
+    if state.get(key) is None:
+        state[key] = torch.zeros_like(parameter)
+    kept: torch.Tensor = state[key]
+    return kept

@@ -212,8 +212,7 @@ class Trainer:
                     iteration = p.twin_check.watching(step, iteration or p.attack.iteration(p.twin))
                 # a batch that is used again begins from starts of its own
                 attack = replace(p.attack, first_draw=batch.repeat * p.attack.restarts) if batch.repeat else p.attack
-                if p.schedules.early_stop(step) != attack.early_stop:
-                    attack = replace(attack, early_stop=p.schedules.early_stop(step))
+                attack = replace(attack, early_stop=p.schedules.early_stop(step))
                 adv = attack.perturb(
                     p.twin,
                     batch.images,

@@ -149,7 +149,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "the attack keeps its first tolerance",
         "engine/trainer.py",
         "attack = replace(attack, early_stop=p.schedules.early_stop(step))",
-        "pass",
+        "attack = replace(attack)",
         _RUN + "[friendly-1x1]",
     ),
     Mutation(
@@ -183,8 +183,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the rate of TensorFlow's RMSProp is outside its momentum",
         "engine/optimizer_rules.py",
-        'moved.mul_(group["momentum"]).add_(update, alpha=group["lr"])\n                parameter.sub_(moved)',
-        'moved.mul_(group["momentum"]).add_(update)\n                parameter.sub_(moved, alpha=group["lr"])',
+        '.add_(update, alpha=group["lr"])\n            parameter.sub_(moved)',
+        '.add_(update)\n            parameter.sub_(moved, alpha=group["lr"])',
         _RUN + "[logit-pairing's-optimiser-1x1]",
     ),
 )

@@ -25,8 +25,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the rest of a long message is not waited for",
         "exchange.py",
-        "received = dist.irecv(rest, src=source, group=group) if len(rest) else None",
-        "received = None",
+        "_swap(own[_FIRST_BYTES:], rest, to, source, group)",
+        "_swap(own[_FIRST_BYTES:], rest[:0], to, source, group)",
         _EXCHANGE,
     ),
     Mutation(
@@ -114,5 +114,26 @@ MUTATIONS: tuple[Mutation, ...] = (
         "if first_failure != EXIT_REQUEUE:",
         "if first_failure is None:",
         "tests/unit/test_launch.py::test_the_code_of_several_failing_ranks_is_the_one_that_explains_most",
+    ),
+    Mutation(
+        "a node that is behind sets a checkpoint aside for all",
+        "engine/checkpoint/examination.py",
+        "certain = ranks.broadcast(ranks.is_first and _certainly_bad(folder))",
+        "certain = True",
+        _RANKS + "test_a_node_that_is_behind_sets_no_good_checkpoint_aside",
+    ),
+    Mutation(
+        "a disk that refuses once makes a checkpoint unreadable",
+        "engine/checkpoint/ranks.py",
+        "return isinstance(error, (OSError, MemoryError)) or",
+        "return",
+        _CHECKPOINT + "test_disk_or_memory_that_refuses_while_a_checkpoint_is_read_is_told_and_no_older_one_taken",
+    ),
+    Mutation(
+        "connections are first made when a rank may be gone",
+        "engine/checkpoint/ranks.py",
+        "            connect(self.group)\n            self._connect_to_first()\n",
+        "            pass\n",
+        "tests/distributed/test_exchange.py::test_a_rank_lost_before_the_first_save_is_noticed_at_once",
     ),
 )
