@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distributed_at.catalogue.evaluations import KINDS
 from distributed_at.config.attack import AttackConfig
@@ -27,6 +27,14 @@ class EvaluationEntry(Strict):
     branch: Branch | None = Field(default=None, description="null = adv, or both in turn for mbn")
     num_samples: int | None = Field(default=None, gt=0, description="null = the whole split")
     batch_size: int = Field(default=256, gt=0)
+
+    @model_validator(mode="after")
+    def _nothing_of_training(self) -> EvaluationEntry:
+        if self.attack is not None:
+            for name in ("eps_warmup_epochs", "early_stop_epochs"):
+                if getattr(self.attack, name):
+                    raise ValueError(f"attack.{name} belongs to training: an evaluation has no epochs")
+        return self
 
     @classmethod
     def earlier_spelling(cls, section: Mapping[str, Any]) -> dict[str, Any]:

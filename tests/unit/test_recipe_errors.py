@@ -68,6 +68,13 @@ BAD_OVERRIDES = [
     (["seed"], ["override 'seed'", "key=value"]),
     (["seed.x=1"], ["override 'seed.x=1': seed: expected a whole number, got a section with x"]),
     (["data.augment.flip=yes"], ["data.augment.flip: expected true or false, got the text 'yes'"]),
+    (["attack.early_stop_epochs=[4]"], ["early_stop_epochs raise early_stop, which is null: write early_stop: 1"]),
+    (["attack={early_stop: 1, early_stop_epochs: [7, 4]}"], ["early_stop_epochs must rise, got [7.0, 4.0]"]),
+    (["optimizer={name: adam, lr: 0.1, betas: [0.9, 1.0]}"], ["betas lie in [0, 1), got [0.9, 1.0]"]),
+    (["optimizer={name: sgd_gc, lr: 0.1}", "parallel.zero_stage=2"], ["'sgd_gc' looks at each parameter as a whole", "needs parallel.zero_stage 0, got 2"]),
+    (["optimizer={name: sgd_gc, lr: 0.1, nesterov: true}"], ["nesterov needs optimizer.name: sgd and momentum > 0"]),
+    (["evaluation.final=[{kind: pgd, attack: {eps: 8, num_steps: 2, step_size: 4, early_stop: 1, early_stop_epochs: [3]}}]"], ["attack.early_stop_epochs belongs to training"]),
+    (["evaluation.final=[{kind: pgd, attack: {eps: 8, num_steps: 2, step_size: 4, eps_warmup_epochs: 3}}]"], ["attack.eps_warmup_epochs belongs to training"]),
 ]  # fmt: skip
 
 
