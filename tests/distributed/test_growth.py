@@ -40,6 +40,8 @@ def test_no_rank_opens_or_lists_more_in_a_larger_world(found: dict[int, dict[str
             seen = numbers(found, part, kind)
             assert len({(each[0], max(each[1:])) for each in seen.values()}) == 1, (part, kind, seen)
             assert kind == "opened" or not any(max(each[1:]) for each in seen.values()), "rank 0 alone lists a folder"
+    tries = numbers(found, "first look", "opened").values()
+    assert not any(max(each[1:]) for each in tries), "of one node's ranks one alone tries the disk"
 
 
 def test_messages_grow_by_gloos_rings_alone(found: dict[int, dict[str, Any]]) -> None:
@@ -57,6 +59,13 @@ def test_sockets_are_those_of_the_formula(found: dict[int, dict[str, Any]]) -> N
             for rank, count in enumerate(sockets):
                 assert count <= files_needed(size, "cpu", rank=rank) - none + LISTENING, (part, size, sockets)
             assert max(sockets[1:]) <= 8 * math.ceil(math.log2(size)) + LISTENING, (part, size, sockets)
+
+
+def test_sockets_grow_with_the_logarithm(found: dict[int, dict[str, Any]]) -> None:
+    """Two more neighbours in each of at most four groups for twice the ranks; all pairs would add four in each."""
+    for part in RINGS:
+        sockets = numbers(found, part, "sockets")
+        assert max(sockets[8][1:]) - max(sockets[4][1:]) <= 8, (part, sockets)
 
 
 @pytest.mark.slow

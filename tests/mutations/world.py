@@ -34,7 +34,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "engine/processes/world.py",
         '"TORCH_GLOO_LAZY_INIT", "1"',
         '"TORCH_GLOO_LAZY_INIT", "0"',
-        _GROWTH + "test_sockets_are_those_of_the_formula",
+        _GROWTH + "test_sockets_grow_with_the_logarithm",
     ),
     Mutation(
         "a log row's times go round a ring",
