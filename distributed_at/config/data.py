@@ -11,6 +11,7 @@ from distributed_at.config.base import Strict
 from distributed_at.config.choice import Choice
 
 ResizeFilter = Literal["antialiased", "opencv"]
+ValidationChoice = Literal["counters", "first", "numpy"]
 
 
 class AugmentConfig(Strict):
@@ -68,6 +69,12 @@ class DataConfig(Strict):
         ge=0,
         description="images held out of train for selection; the test set is for final evaluation alone",
     )
+    validation_choice: ValidationChoice = Field(
+        default="counters",
+        description="which images are held out: 'counters' draws them by validation_seed; 'first' = the first ones of train "
+        "(Gowal et al.: 1,024); 'numpy' = the first ones of numpy's permutation by validation_seed (Rice et al.'s code: "
+        "1,000 by seed 0)",
+    )
     validation_seed: int = Field(default=0, ge=0)
     limit_train: int | None = Field(default=None, gt=0, description="use only this many training images (smoke runs)")
     limit_test: int | None = Field(default=None, gt=0)
@@ -84,6 +91,14 @@ class DataConfig(Strict):
             raise ValueError(f"resize is the kernel of image folders; '{self.dataset}' is not resized by it")
         if self.resize == "opencv" and self.backend == "dali_gpu":
             raise ValueError("resize 'opencv' is a kernel of the CPU decoders: set backend dali_cpu, pil or auto")
+        if self.validation_choice == "first" and self.validation_seed:
+            raise ValueError(
+                f"validation_choice 'first' draws nothing: validation_seed {self.validation_seed} has no effect"
+            )
+        if self.validation_choice == "numpy" and self.validation_seed >= 2**32:
+            raise ValueError(
+                f"validation_choice 'numpy' takes a validation_seed below 2^32, got {self.validation_seed}"
+            )
         if self.test_size is not None and self.facts.test is not None:
             raise ValueError(f"test_size belongs to a folder without val/; '{self.dataset}' has a published test set")
         return self

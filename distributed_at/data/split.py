@@ -1,10 +1,11 @@
-"""Carves validation images, and subsets for smoke runs, out of a published split by counters."""
+"""Carves validation images, and subsets for smoke runs, out of a published split: by counters, or as a paper's code does."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from distributed_at.config import DataConfig
+from distributed_at.config.data import ValidationChoice
 from distributed_at.errors import ConfigError, DataError
 from distributed_at.rng import Purpose, permutation
 
@@ -12,20 +13,38 @@ from distributed_at.rng import Purpose, permutation
 _VALIDATION, _LIMIT, _FIXED_TEST = 0, 1, 2
 
 
-def carve_validation(ids: np.ndarray, *, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def carve_validation(
+    ids: np.ndarray, *, size: int, seed: int, choice: ValidationChoice = "counters"
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (train, validation) ids: disjoint, sorted, together equal to ``ids``.
 
-    Which images are held out depends on ``seed`` (``data.validation_seed``) and the number of ids alone.
+    Which images are held out depends on ``seed`` (``data.validation_seed``), ``choice`` and the number of ids alone.
+
+    Args:
+        ids: (N,) of the published split.
+        size: images held out.
+        seed: of 'counters' and 'numpy'.
+        choice: 'counters'; 'first', the first ids (Gowal et al., "Uncovering the limits", section 3.1, hold out 1,024; their
+            code's comment skips the first ones); 'numpy', the first places of ``numpy.random.permutation`` after
+            ``numpy.random.seed(seed)`` (Rice et al.'s generate_validation.py: 1,000 of 50,000 by seed 0).
 
     Raises:
         ConfigError: ``size`` leaves no image to train on.
     """
     if size >= len(ids):
         raise ConfigError(f"data.validation_size {size} leaves nothing to train on: train has {len(ids)} images")
-    chosen = np.zeros(len(ids), dtype=bool)
-    chosen[permutation(seed, _VALIDATION, len(ids), purpose=Purpose.SPLIT)[:size]] = True
     ids = np.sort(np.asarray(ids, dtype=np.int64))
+    chosen = np.zeros(len(ids), dtype=bool)
+    chosen[_held_out(len(ids), size, seed, choice)] = True
     return ids[~chosen], ids[chosen]
+
+
+def _held_out(num_samples: int, size: int, seed: int, choice: ValidationChoice) -> np.ndarray:
+    if choice == "first":
+        return np.arange(size)
+    if choice == "numpy":  # numpy promises that this generator's streams never change
+        return np.random.RandomState(seed).permutation(num_samples)[:size]
+    return permutation(seed, _VALIDATION, num_samples, purpose=Purpose.SPLIT)[:size]
 
 
 def limit_ids(ids: np.ndarray, limit: int | None, *, seed: int) -> np.ndarray:
@@ -46,7 +65,9 @@ def split_ids(published: np.ndarray, config: DataConfig, split: str, *, seed: in
     """Choose the ids of ``split`` among those of the published split that it comes from."""
     if split == "test":
         return limit_ids(published, config.limit_test, seed=seed)
-    train, validation = carve_validation(published, size=config.validation_size, seed=config.validation_seed)
+    train, validation = carve_validation(
+        published, size=config.validation_size, seed=config.validation_seed, choice=config.validation_choice
+    )
     return validation if split == "validation" else limit_ids(train, config.limit_train, seed=seed)
 
 

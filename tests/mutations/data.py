@@ -153,6 +153,27 @@ MUTATIONS: tuple[Mutation, ...] = (
         _PIXELS + "test_held_out_images_are_the_same_for_every_seed_of_the_run",
     ),
     Mutation(
+        "numpy's held-out images are the last of its permutation",
+        "data/split.py",
+        "permutation(num_samples)[:size]",
+        "permutation(num_samples)[-size:]",
+        _ORDER + "test_the_held_out_images_of_rice_et_al_are_those_of_their_code",
+    ),
+    Mutation(
+        "the first images are held out from the second on",
+        "data/split.py",
+        "return np.arange(size)",
+        "return np.arange(1, size + 1)",
+        _ORDER + "test_the_first_images_are_held_out_as_by_gowal_et_al",
+    ),
+    Mutation(
+        "the choice of held-out images reaches nobody",
+        "data/split.py",
+        ", choice=config.validation_choice",
+        "",
+        _ORDER + "test_every_choice_of_held_out_images_reaches_the_splits_of_a_recipe",
+    ),
+    Mutation(
         "SVHN's test images are its training images",
         "data/svhn.py",
         "read_svhn(path, split, warn=warn)",

@@ -6,6 +6,8 @@ import time
 import numpy as np
 import pytest
 
+from distributed_at.config import DataConfig
+from distributed_at.data import open_split
 from distributed_at.data.order import StepOrder
 from distributed_at.data.prefetch import Prefetcher
 from distributed_at.data.split import carve_validation, fixed_test_ids, limit_ids
@@ -68,6 +70,40 @@ def test_validation_is_disjoint_from_train_and_stable():
     assert sorted([*train.tolist(), *held.tolist()]) == ids.tolist()
     np.testing.assert_array_equal(held, carve_validation(ids, size=100, seed=0)[1])
     assert not np.array_equal(held, carve_validation(ids, size=100, seed=1)[1])
+
+
+def test_the_first_images_are_held_out_as_by_gowal_et_al():
+    """Their code's comment skips the first 1,024 of the training images."""
+    train, held = carve_validation(np.arange(50_000)[::-1], size=1024, seed=0, choice="first")
+    assert held.tolist() == list(range(1024))
+    assert train.tolist() == list(range(1024, 50_000))
+
+
+def test_the_held_out_images_of_rice_et_al_are_those_of_their_code():
+    """generate_validation.py: seed 0, a permutation of 50,000, of which the first 1,000 are the validation set."""
+    np.random.seed(0)
+    theirs = np.random.permutation(50_000)[:1000]
+    assert theirs[:5].tolist() == [11841, 19602, 45519, 25747, 42642]  # numpy has never changed this stream
+    train, held = carve_validation(np.arange(50_000), size=1000, seed=0, choice="numpy")
+    assert held.tolist() == sorted(theirs.tolist())
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(50_000))
+    assert carve_validation(np.arange(50_000), size=1000, seed=1, choice="numpy")[1].tolist() != held.tolist()
+
+
+@pytest.mark.parametrize("choice", ["counters", "first", "numpy"])
+def test_every_choice_of_held_out_images_reaches_the_splits_of_a_recipe(choice):
+    config = DataConfig(dataset="digits", image_size=8, validation_size=40, validation_choice=choice)
+    published = open_split(DataConfig(dataset="digits", image_size=8), "train", seed=0).sample_ids
+    train, held = (open_split(config, split, seed=7).sample_ids for split in ("train", "validation"))
+    expected = carve_validation(published, size=40, seed=0, choice=choice)
+    assert (train.tolist(), held.tolist()) == (expected[0].tolist(), expected[1].tolist())
+
+
+def test_a_seed_that_a_choice_of_held_out_images_has_no_use_for_is_refused():
+    with pytest.raises(ValueError, match="validation_seed 3 has no effect"):
+        DataConfig(dataset="digits", image_size=8, validation_choice="first", validation_seed=3)
+    with pytest.raises(ValueError, match="below 2"):
+        DataConfig(dataset="digits", image_size=8, validation_choice="numpy", validation_seed=2**32)
 
 
 def test_validation_that_takes_everything_is_refused():
