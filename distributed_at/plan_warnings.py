@@ -10,6 +10,7 @@ from distributed_at.bench.certificate import check_certificate
 from distributed_at.catalogue.attacks import ATTACK_TARGETS
 from distributed_at.catalogue.networks import is_foreign
 from distributed_at.config import AttackConfig, RunConfig
+from distributed_at.data.mixed_order import phases
 from distributed_at.engine.batching import BatchPlan
 from distributed_at.engine.processes.open_files import files_needed
 from distributed_at.errors import ConfigError
@@ -45,7 +46,26 @@ def plan_warnings(config: RunConfig, batch: BatchPlan, *, num_train: int, has_ba
     ]
     warnings = [PlanWarning(code, message) for code, message in [*found, *_evaluation(config)]]
     notes = OBJECTIVES[config.objective.name].notes(config.objective, batch.group_size)
-    return [*warnings, *_certificates(config), *(PlanWarning("objective", text, "note") for text in notes)]
+    return [
+        *warnings,
+        *_certificates(config),
+        *(PlanWarning("objective", text, "note") for text in notes),
+        *(PlanWarning("mixed_batches", text, "note") for text in _mixing(config, num_train)),
+    ]
+
+
+def _mixing(config: RunConfig, num_train: int) -> list[str]:
+    """Say what a batch holds, phase by phase, where it holds more than labelled images once each."""
+    data, train = config.data, config.train
+    if not data.mixes:
+        return []
+    found = phases(data.ratios, batch_size=train.batch_size, copies=data.labelled_copies, batches_per_epoch=1)
+    copies = f", each {data.labelled_copies} times" if data.labelled_copies > 1 else ""
+    return [
+        f"from epoch {epoch:g} a batch holds {phase.labelled} labelled images ({phase.distinct} different ones{copies}) and "
+        f"{phase.extra} extra ones; an epoch is as many batches as the {num_train:,} labelled images fill"
+        for (epoch, _), phase in zip(data.ratios, found, strict=True)
+    ]
 
 
 def refuse_lone_image(config: RunConfig, batch: BatchPlan, *, num_train: int, num_classes: int) -> None:
@@ -66,7 +86,7 @@ def refuse_lone_image(config: RunConfig, batch: BatchPlan, *, num_train: int, nu
 
 def _lone_image(config: RunConfig, batch: BatchPlan, num_train: int) -> int:
     """Return the images of an incomplete last batch that leaves a batch-norm group a single one, else 0."""
-    last = num_train % batch.batch_size
+    last = 0 if config.data.mixes else num_train % batch.batch_size  # batches that are mixed are all full
     return last if not config.train.drop_last and last % batch.group_size == 1 else 0
 
 

@@ -128,9 +128,8 @@ def make_plan(
     num_train, num_test = split_sizes(config.data)
     per_epoch = batch.steps_per_epoch(num_train, drop_last=train.drop_last) * needs.repeats
     schedules = Schedules.from_config(config, per_epoch)
-    images = _images(
-        schedules.num_steps, per_epoch, num_train * needs.repeats, batch.batch_size, drop_last=train.drop_last
-    )
+    full = train.drop_last or config.data.mixes  # batches that are mixed are all full
+    images = _images(schedules.num_steps, per_epoch, num_train * needs.repeats, batch.batch_size, drop_last=full)
     if statistics is None:
         statistics = measure_model(config)
     refuse_lone_image(config, batch, num_train=num_train, num_classes=count_classes(config.data))

@@ -18,6 +18,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_SHUFFLE_ROUNDS, _LEAST_BITS = 8, 6
 
 # Evaluation draws live in their own epochs, so that no evaluation repeats a start that training saw.
 EVALUATION_EPOCH = 0x80000000
@@ -143,6 +144,53 @@ def normal(
     return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).reshape(len(pairs), -1)[
         :, :count
     ]
+
+
+def permuted(positions: np.ndarray, num_samples: int, seed: int, epoch: int, *, purpose: Purpose) -> np.ndarray:
+    """Return what a random order of ``range(num_samples)`` holds at some positions, without the whole order in memory.
+
+    A Feistel network over the smallest power of two that holds ``num_samples`` (at least 64), whose outputs outside of the
+    range are put through it again until they fall inside (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002):
+    a bijection, so over all positions each sample comes once. Its round keys are words of these counters.
+
+    Args:
+        positions: (N,) int64 in [0, num_samples).
+        num_samples: at most 2^32.
+        seed, epoch, purpose: the counters; each epoch has an order of its own.
+
+    Returns:
+        (N,) int64 in [0, num_samples).
+    """
+    if not 1 <= num_samples <= 1 << 32:
+        raise ValueError(f"num_samples must be in [1, 2^32], got {num_samples}")
+    positions = np.asarray(positions, dtype=np.int64)
+    if len(positions) and not 0 <= positions.min() <= positions.max() < num_samples:
+        raise ValueError(f"positions lie in [0, {num_samples})")
+    bits = max((num_samples - 1).bit_length(), _LEAST_BITS)
+    keys = words(seed, purpose, epoch, np.arange(_SHUFFLE_ROUNDS, dtype=np.int64), 1)[:, 0]
+    result = _feistel(positions, bits, keys)
+    while len(outside := np.flatnonzero(result >= num_samples)):
+        result[outside] = _feistel(result[outside], bits, keys)
+    return result
+
+
+def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+    """Permute values below 2^bits: two halves (of unequal size where ``bits`` is odd) are mixed into each other in turn."""
+    low_bits = bits // 2
+    low, high = values & ((1 << low_bits) - 1), values >> low_bits
+    for number, key in enumerate(keys.tolist()):
+        if number % 2 == 0:
+            high = high ^ (_mixed(low ^ key) & ((1 << (bits - low_bits)) - 1))
+        else:
+            low = low ^ (_mixed(high ^ key) & ((1 << low_bits) - 1))
+    return (high << low_bits) | low
+
+
+def _mixed(word: np.ndarray) -> np.ndarray:
+    """Return the finaliser of MurmurHash3 of 32-bit words, in which every bit depends on every other."""
+    word = ((word ^ (word >> 16)) * 0x85EBCA6B) & _MASK
+    word = ((word ^ (word >> 13)) * 0xC2B2AE35) & _MASK
+    return word ^ (word >> 16)
 
 
 def permutation(seed: int, epoch: int, num_samples: int, *, purpose: Purpose = Purpose.ORDER) -> np.ndarray:

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,32 @@ def print_table(table: Any) -> None:
     console.print(table)
 
 
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of equal keys as a table on stdout."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    print_table(table)
+
+
 def say(message: str) -> None:
     """Print a line for the person at the terminal, on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def progress_on_terminal(name: str) -> Callable[[int, int], None] | None:
+    """Return what shows (done, in all) on one line of stderr; None where that is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        print(f"\r{name}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
 
 
 def find_run(text: str, runs: str = "runs") -> Path:

@@ -1,18 +1,16 @@
-"""Index an image folder once, check every file of it or a file of extra images, or pack a folder into tar shards."""
+"""Index an image folder once, check every file of it, or pack it into tar shards; extra images are ``data_extra.py``'s."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed_at.commands.common import add_json, print_json, print_table, say
+from distributed_at.commands import data_extra
+from distributed_at.commands.common import add_json, print_json, print_rows, progress_on_terminal, say
 from distributed_at.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from distributed_at.data.index import FolderIndex
 
 EXIT_DAMAGED = 3
@@ -29,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, help=text)
         text = "holds train/ and val/, or is one folder of class folders"
         if name == "verify":
-            text += "; or a file of pseudo-labelled extra images (.pickle, .npz)"
+            text += "; or extra images, a file (.pickle, .npz) or a packed folder"
         action.add_argument("folder", type=Path, help=text)
         action.add_argument("--split", action="append", choices=_SPLITS, help="default: all that FOLDER holds")
         action.add_argument("--threads", type=int, default=0, help="files read at once; 0 = by the machine")
@@ -45,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shard.add_argument("--split", action="append", choices=_SPLITS, help="default: all that FOLDER holds")
     shard.add_argument("--threads", type=int, default=0, help="files read at once while indexing; 0 = by the machine")
     add_json(shard)
+    data_extra.add_actions(actions)
 
 
 def split_folders(folder: Path, chosen: list[str] | None) -> dict[str, Path]:
@@ -65,16 +64,6 @@ def split_folders(folder: Path, chosen: list[str] | None) -> dict[str, Path]:
     if not inside:
         return {folder.name: folder}
     return {name: folder / name for name in dict.fromkeys(chosen or inside)}
-
-
-def _progress(name: str) -> Callable[[int, int], None] | None:
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int) -> None:
-        print(f"\r{name}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-    return show
 
 
 def _row(name: str, index: FolderIndex) -> dict[str, Any]:
@@ -99,7 +88,7 @@ def _index(args: argparse.Namespace) -> int:
     rows, damaged = [], False
     seen: dict[bytes, str] = {}
     for name, folder in split_folders(args.folder, args.split).items():
-        index = survey(folder, num_threads=args.threads, verify=verify, progress=_progress(name))
+        index = survey(folder, num_threads=args.threads, verify=verify, progress=progress_on_terminal(name))
         gone, new = _changes(index) if verify else ([], [])
         found = {
             "set_aside": {index.paths[i]: reason for i, reason in sorted(index.set_aside.items())},
@@ -159,7 +148,7 @@ def _shard(args: argparse.Namespace) -> int:
     rows = []
     for name, folder in split_folders(args.folder, args.split).items():
         index = write_shards(
-            folder, args.dest / name, size=args.size, num_threads=args.threads, progress=_progress(name)
+            folder, args.dest / name, size=args.size, num_threads=args.threads, progress=progress_on_terminal(name)
         )
         assert index.shards is not None
         rows.append({**_row(name, index), "shards": len(index.shards.names)})
@@ -183,42 +172,25 @@ def _verify_shards(args: argparse.Namespace, folders: dict[str, Path]) -> int:
     return EXIT_DAMAGED if damaged else 0
 
 
-def _verify_extra(args: argparse.Namespace) -> int:
-    from distributed_at.data.extra import read_extra
-
-    if args.split:
-        raise ConfigError(f"--split is for folders; {args.folder} is a file")
-    extra = read_extra(args.folder)
-    counts = extra.labels_per_class()
-    row: dict[str, Any] = {"file": str(args.folder), "images": len(extra), "shape": list(extra.images.shape[1:])}
-    if args.json:
-        print_json({**row, "labels_per_class": counts})
-        return 0
-    row["labels per class"] = "  ".join(f"{label}: {count}" for label, count in counts.items())
-    _show(args, [row])
-    return 0
-
-
 def _show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if args.json:
         print_json(rows)
         return
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    print_table(table)
+    print_rows(rows)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.action == "shard":
         return _shard(args)
+    if args.action == "pack-extra":
+        return data_extra.pack(args)
     if args.action == "verify" and args.folder.is_file():
-        return _verify_extra(args)
+        return data_extra.verify_file(args)
+    from distributed_at.data.packed import is_packed
     from distributed_at.data.shards import has_shards
+
+    if args.action == "verify" and is_packed(args.folder):
+        return data_extra.verify_packed(args)
 
     folders = split_folders(args.folder, args.split)
     if all(has_shards(folder) for folder in folders.values()):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distributed_at.commands.common import add_recipe, say, telling_the_others
+from distributed_at.commands.common import add_recipe, progress_on_terminal, say, telling_the_others
 from distributed_at.engine.processes.launch import Rank, available_workers, check_workers, detect_rank, run_workers
 from distributed_at.engine.processes.preemption import prepare_process
 
@@ -69,14 +69,15 @@ def _run(args: argparse.Namespace, rank: Rank | None) -> int:
 
 def _check_data(config: RunConfig, batch: BatchPlan) -> None:
     """Tell once, before any worker starts and anything is written, what the data cannot give."""
-    from distributed_at.data.order import StepOrder
     from distributed_at.data.sources import open_split
-    from distributed_at.engine.runs.data import look_at_data
+    from distributed_at.data.training import open_training
+    from distributed_at.engine.runs.data import look_at_data, require_labels
     from distributed_at.plan_warnings import refuse_lone_image
 
-    with open_split(config.data, "train", seed=config.seed) as source:
+    source, _ = open_training(config, progress=progress_on_terminal("preparing data"))
+    with source:
         look_at_data(config, source)
-        StepOrder(source.num_samples, config.train.batch_size, seed=config.seed, drop_last=config.train.drop_last)
+        require_labels(config, source)
         refuse_lone_image(
             config, batch, num_train=source.num_samples, num_classes=config.data.num_classes or source.num_classes
         )

@@ -15,7 +15,7 @@ from distributed_at.config.base import (
     Pixels,
     Strict,
 )
-from distributed_at.config.data import AugmentConfig, DataConfig
+from distributed_at.config.data import AugmentConfig, DataConfig, ExtraConfig
 from distributed_at.config.evaluation import EvaluationConfig, EvaluationEntry, evaluation_entry
 from distributed_at.config.model import ModelConfig
 from distributed_at.config.objective import ObjectiveSection
@@ -41,6 +41,7 @@ __all__ = [
     "EmaConfig",
     "EvaluationConfig",
     "EvaluationEntry",
+    "ExtraConfig",
     "LogConfig",
     "ModelConfig",
     "ObjectiveSection",

@@ -40,6 +40,44 @@ class AugmentConfig(Strict):
         return self
 
 
+class ExtraConfig(Strict):
+    """Images beside the data set, unlabelled ones with labels of a classifier or generated ones, mixed into every batch."""
+
+    files: tuple[str, ...] = Field(
+        min_length=1,
+        description="a packed folder (data pack-extra, data pseudolabel), or pickles (data, extrapolated_targets) and .npz "
+        "(image, label) that together are one set, which is packed into a cache once",
+    )
+    cache: str | None = Field(
+        default=None, description="where files are packed into; null = beside the first of them, or the user's cache"
+    )
+    labelled_ratio: float | tuple[tuple[float, float], ...] = Field(
+        description="share of a batch that is of the data set itself, 0 to 1 (Gowal et al.: 0.3), the rest is extra; or "
+        "[[epoch, share], ...] from which each holds, the first from 0"
+    )
+    keep: int | None = Field(
+        default=None,
+        gt=0,
+        description="use so many images alone: of each class the keep / classes with the highest scores; needs a set that "
+        "data pseudolabel scored",
+    )
+
+    @model_validator(mode="after")
+    def _ratios(self) -> ExtraConfig:
+        outside = [share for _, share in self.ratios if not 0 <= share <= 1]
+        if outside:
+            raise ValueError(f"labelled_ratio is a share of the batch, 0 to 1, got {outside[0]:g}")
+        epochs = [epoch for epoch, _ in self.ratios]
+        if not epochs or epochs[0] != 0 or epochs != sorted(set(epochs)):
+            raise ValueError(f"labelled_ratio: its epochs begin with 0 and rise, got {epochs}")
+        return self
+
+    @property
+    def ratios(self) -> tuple[tuple[float, float], ...]:
+        """(epoch from which it holds, share of labelled images) pairs."""
+        return ((0.0, self.labelled_ratio),) if isinstance(self.labelled_ratio, float) else self.labelled_ratio
+
+
 class DataConfig(Strict):
     """Where the images come from."""
 
@@ -79,6 +117,13 @@ class DataConfig(Strict):
     limit_train: int | None = Field(default=None, gt=0, description="use only this many training images (smoke runs)")
     limit_test: int | None = Field(default=None, gt=0)
     augment: AugmentConfig = AugmentConfig()
+    extra: ExtraConfig | None = Field(default=None, description="images beside the data set, e.g. generated ones")
+    labelled_copies: int = Field(
+        default=1,
+        ge=1,
+        description="how often each labelled image stands in a batch, with a crop, flip and attack of its own each time "
+        "(4 emulates the workers of Gowal et al.'s code, which saw the same images at the same time)",
+    )
     prefetch: int = Field(default=2, ge=0, description="batches prepared ahead of the attack")
     num_threads: int = Field(default=0, ge=0, description="decoder threads; 0 = by the machine")
 
@@ -91,6 +136,9 @@ class DataConfig(Strict):
             raise ValueError(f"resize is the kernel of image folders; '{self.dataset}' is not resized by it")
         if self.resize == "opencv" and self.backend == "dali_gpu":
             raise ValueError("resize 'opencv' is a kernel of the CPU decoders: set backend dali_cpu, pil or auto")
+        if self.mixes and self.facts.folder:
+            field = "extra" if self.extra is not None else "labelled_copies"
+            raise ValueError(f"{field} goes with data sets whose images are of one size; '{self.dataset}' is a folder")
         if self.validation_choice == "first" and self.validation_seed:
             raise ValueError(
                 f"validation_choice 'first' draws nothing: validation_seed {self.validation_seed} has no effect"
@@ -102,6 +150,16 @@ class DataConfig(Strict):
         if self.test_size is not None and self.facts.test is not None:
             raise ValueError(f"test_size belongs to a folder without val/; '{self.dataset}' has a published test set")
         return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches hold extra images, or labelled ones several times."""
+        return self.extra is not None or self.labelled_copies > 1
+
+    @property
+    def ratios(self) -> tuple[tuple[float, float], ...]:
+        """(epoch from which it holds, share of labelled images of a batch) pairs."""
+        return ((0.0, 1.0),) if self.extra is None else self.extra.ratios
 
     @property
     def facts(self) -> Dataset:

@@ -74,6 +74,7 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         self._check_objective()
+        self._check_mixing()
         s = self.schedule
         late = [m for m, done in zip(s.milestones, s.drops, strict=True) if done >= self.train.epochs]
         if late:
@@ -111,6 +112,23 @@ class RunConfig(Strict):
         if self.evaluation.validation and self.data.validation_size == 0:
             raise ValueError("evaluation.validation needs data.validation_size > 0: a held-out part of train")
         return self
+
+    def _check_mixing(self) -> None:
+        """Check what labelled copies and phases of extra images ask of batches and epochs."""
+        copies, batch = self.data.labelled_copies, self.train.batch_size
+        if batch % copies:
+            raise ValueError(f"train.batch_size {batch} is not a multiple of data.labelled_copies {copies}")
+        late = [epoch for epoch, _ in self.data.ratios if epoch >= self.train.epochs]
+        if late:
+            raise ValueError(
+                f"data.extra.labelled_ratio: epoch {late[0]:g} lies at or past the last (train.epochs: {self.train.epochs:g})"
+            )
+
+        smoothing = getattr(self.objective, "extra_label_smoothing", None)
+        if smoothing is not None and self.data.extra is None:
+            raise ValueError(
+                f"objective.extra_label_smoothing {smoothing:g} is of extra images, and the recipe has no data.extra"
+            )
 
     def _check_objective(self) -> None:
         """Ask the objective what it needs and what it trains."""

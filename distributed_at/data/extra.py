@@ -1,139 +1,146 @@
-"""Extra images with pseudo-labels, in the two forms that the field publishes them in. Nothing in such a file is run.
-
-The pickle of Carmon et al. 2019 ("Unlabeled data improves adversarial robustness"; 500K of Tiny Images) is a dictionary
-of ``data`` and ``extrapolated_targets``; the archives of Rebuffi et al. 2021 ("Fixing data augmentation to improve
-adversarial robustness"; generated images) are ``.npz`` files of ``image`` and ``label``.
-"""
+"""Extra images beside a data set, as a recipe's ``data.extra`` names them: packed where they are not, perhaps a part of them."""
 
 from __future__ import annotations
 
-import math
-import zipfile
-from dataclasses import dataclass
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
-from distributed_at.data.safe_pickle import load_data_pickle
-from distributed_at.errors import DataError
+from distributed_at.config import ExtraConfig
+from distributed_at.data.extra_files import UNLABELLED, open_extra_file
+from distributed_at.data.identity import DataIdentity, counted
+from distributed_at.data.index import Progress
+from distributed_at.data.packed import PackedImages, is_packed
+from distributed_at.data.packing import pack_extra, require_labels_below
+from distributed_at.data.selection import best_of_each_class
+from distributed_at.errors import ConfigError, DataError
 
-PICKLE_KEYS = ("data", "extrapolated_targets")
-NPZ_KEYS = ("image", "label")
-MOST_CLASSES = 1000
-_IMAGE = (32, 32, 3)
-_ZIP_MAGIC = b"PK\x03\x04"
-_MOST_EXPANSION = 100  # unpacked over packed bytes; photographs reach 2, deflate itself 1032
+CACHE = ".distributed_at_extra"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtraImages:
-    """Images beside a data set, with the labels that a model gave them.
+class ExtraSet:
+    """Extra images of a run: rows 0 to ``len - 1``, all of a packed set or its best-scored ones.
 
     Attributes:
-        images: (N, 32, 32, 3) uint8.
-        labels: (N,) int64, each at least 0.
+        packed: the set that they lie in.
+        unlabelled: no image has a label; they read as -1.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    def __init__(
+        self, packed: PackedImages, *, num_classes: int, class_names: tuple[str, ...] = (), keep: int | None = None
+    ) -> None:
+        """Use ``packed``, of which ``keep`` images with the highest scores, ``keep / num_classes`` a class; None = all.
+
+        Raises:
+            DataError: a label is past the classes, or the set has no scores to choose by.
+            ConfigError: a class has fewer images than are to be kept of it.
+        """
+        require_labels_below(packed.manifest, num_classes, packed.folder)
+        self.packed = packed
+        self.unlabelled = UNLABELLED in packed.manifest.counts
+        self._keep, self._num_classes, self._class_names = keep, num_classes, class_names
+        self._rows: np.ndarray | None = None
+        if keep is not None:
+            self._rows = best_of_each_class(
+                packed.all_labels(), packed.all_scores(), keep, num_classes, field="data.extra.keep"
+            )
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.packed) if self._rows is None else len(self._rows)
 
-    def labels_per_class(self) -> dict[int, int]:
-        """Return label -> number of images, in the order of labels; labels that no image has are left out."""
-        labels, counts = np.unique(self.labels, return_counts=True)
-        return dict(zip(labels.tolist(), counts.tolist(), strict=True))
+    def _places(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self._rows is None else self._rows[rows]
+
+    def labels(self, rows: np.ndarray) -> np.ndarray:
+        """Return the (N,) int64 labels of (N,) rows."""
+        return self.packed.labels(self._places(rows))
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Return (N, H, H, 3) uint8 of (N,) rows."""
+        return self.packed.read(self._places(rows))
+
+    def identity(self) -> DataIdentity:
+        """Return which images these are."""
+        whole = self.packed.identity(self._class_names, self._num_classes)
+        if self._rows is None:
+            return whole
+        kept = hashlib.sha256(whole.content.encode() + self._rows.astype("<i8").tobytes()).hexdigest()
+        return replace(whole, counts=counted(self.packed.labels(self._rows), self._num_classes), content=kept)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.packed.close()
 
 
-def read_extra(path: str | Path, *, num_classes: int = MOST_CLASSES) -> ExtraImages:
-    """Read a file of extra images.
-
-    Args:
-        path: a pickle or an ``.npz`` archive; which one is told by its content.
-        num_classes: labels lie in [0, num_classes).
+def open_extra(
+    config: ExtraConfig,
+    *,
+    num_classes: int,
+    image_size: int,
+    class_names: tuple[str, ...] = (),
+    progress: Progress | None = None,
+) -> ExtraSet:
+    """Open what ``data.extra`` names; files are packed into a cache first, once.
 
     Raises:
-        DataError: an absent, damaged or hostile file, other keys, shapes or types, a label out of range, or sizes that
-            the file's own bytes cannot hold (found before memory is taken).
+        DataError, ConfigError: they cannot be used with this data set.
     """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            is_archive = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    keys = NPZ_KEYS if is_archive else PICKLE_KEYS
-    images, labels = _read_archive(path) if is_archive else _read_pickle(path)
-    if images.dtype != np.uint8 or images.shape[1:] != _IMAGE or not len(images):
-        raise DataError(f"{path}: '{keys[0]}' must be uint8 (N, 32, 32, 3), found {images.dtype} {images.shape}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+    packed = PackedImages(packed_folder(config, num_classes=num_classes, progress=progress))
+    if packed.image_size != image_size:
         raise DataError(
-            f"{path}: '{keys[1]}' must be {len(images)} integers, one per image, found {labels.dtype} {labels.shape}"
+            f"{packed.folder}: its images have {packed.image_size} pixels, those of the data set {image_size}; extra images "
+            "are not resized"
         )
-    wrong = (labels < 0) | (labels >= num_classes)
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        raise DataError(f"{path}: '{keys[1]}' of image {at} is {labels[at]}; labels lie in [0, {num_classes})")
-    return ExtraImages(images=images, labels=labels.astype(np.int64))
+    return ExtraSet(packed, num_classes=num_classes, class_names=class_names, keep=config.keep)
 
 
-def _check_keys(path: Path, found: list[str], wanted: tuple[str, str]) -> None:
-    missing = [key for key in wanted if key not in found]
-    if missing:
-        raise DataError(
-            f"{path}: holds no {' and no '.join(map(repr, missing))}; extra images are a pickle of "
-            f"{' and '.join(map(repr, PICKLE_KEYS))} or an .npz of {' and '.join(map(repr, NPZ_KEYS))}, "
-            f"and this file holds {', '.join(map(repr, sorted(found)[:8])) or 'nothing'}"
+def packed_folder(config: ExtraConfig, *, num_classes: int, progress: Progress | None = None) -> Path:
+    """Return the packed folder that a recipe's files are, or are packed into now if they are not yet."""
+    paths = [Path(name).expanduser() for name in config.files]
+    if len(paths) == 1 and (paths[0].is_dir() or is_packed(paths[0])):
+        return paths[0]
+    folders = [path for path in paths if path.is_dir()]
+    if folders:
+        raise ConfigError(
+            f"data.extra.files: {folders[0]} is a folder beside {len(paths) - 1} others: name files, or one packed folder; "
+            "distributed-at data pack-extra makes one of several files"
         )
-
-
-def _read_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    content = load_data_pickle(path)
-    _check_keys(path, [str(key) for key in content], PICKLE_KEYS)
-    images, labels = (content[key] for key in PICKLE_KEYS)
-    for key, value in zip(PICKLE_KEYS, (images, labels), strict=True):
-        if not isinstance(value, np.ndarray):
-            raise DataError(f"{path}: {key!r} must be a numpy array, found {type(value).__name__}")
-    return images, labels
-
-
-def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _check_keys(path, [name.removesuffix(".npy") for name in archive.namelist()], NPZ_KEYS)
-            images, labels = (_read_member(path, archive, key) for key in NPZ_KEYS)
-    except DataError:
-        raise
-    except Exception as error:  # a malformed archive raises almost any type
-        raise DataError(f"{path}: not a whole .npz archive ({type(error).__name__}: {error}). Get it again.") from None
-    return images, labels
-
-
-def _read_member(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
-    """Return one array after its header's shape has been held against the bytes that are really there."""
-    entry = archive.getinfo(f"{key}.npy")
-    held = path.stat().st_size
-    if entry.compress_size > held or entry.file_size > _MOST_EXPANSION * max(entry.compress_size, 1):
-        raise DataError(
-            f"{path}: {key!r} would unpack {entry.compress_size:,} bytes to {entry.file_size:,}; images do not, so this "
-            "file is refused before it fills the memory"
+    folder = cache_folder(paths, None if config.cache is None else Path(config.cache).expanduser())
+    gone = [path for path in paths if not path.exists()]
+    if gone:
+        kept = (
+            f"; the set packed from it stands in {folder}, which data.extra.files can name" if is_packed(folder) else ""
         )
-    with archive.open(entry) as stream:
-        shape, kind = _header(stream)
-        promised = stream.tell() + math.prod(shape) * kind.itemsize
-    if kind.hasobject:
-        raise DataError(f"{path}: {key!r} holds Python objects, which can run code when they are read; nothing was run")
-    if promised != entry.file_size:
-        raise DataError(f"{path}: {key!r} says {kind} {shape}, {promised:,} bytes, and holds {entry.file_size:,}")
-    with archive.open(entry) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+        raise DataError(f"data.extra.files: {gone[0]} does not exist{kept}")
+    pack_extra(paths, folder, num_classes=num_classes, replace=True, progress=progress)
+    return folder
 
 
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Return (shape, dtype) of an array in numpy's format, reading no more than its header."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, kind = read(stream)
-    return shape, kind
+def cache_folder(paths: Sequence[Path], cache: Path | None) -> Path:
+    """Return where a set of files is packed into: under ``cache``, beside the first file, or in the user's cache."""
+    told = "\0".join(str(path.resolve()) for path in paths)
+    name = f"{paths[0].stem}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    if cache is not None:
+        return cache / name
+    beside = paths[0].resolve().parent
+    if (beside / CACHE / name).exists() or os.access(beside, os.W_OK):
+        return beside / CACHE / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distributed_at" / "extra" / name
+
+
+def labels_of_file(path: Path, *, num_classes: int) -> tuple[int, int, dict[int, int]]:
+    """Read a file through; return its images, their size, and label -> images in the order of labels.
+
+    Raises:
+        DataError: it is not what it should be.
+    """
+    file = open_extra_file(path)
+    counts: dict[int, int] = {}
+    for _, labels in file.pieces(num_classes=num_classes):
+        for label, count in zip(*(c.tolist() for c in np.unique(labels, return_counts=True)), strict=True):
+            counts[label] = counts.get(label, 0) + count
+    return file.images, file.image_size, dict(sorted(counts.items()))

@@ -6,6 +6,7 @@ How a step is shared between ranks is the engine's ``batching.py``. Nothing here
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -14,10 +15,48 @@ from distributed_at.rng import permutation
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """Return the (num_samples,) int64 order of an epoch, read-only."""
     order = permutation(seed, epoch, num_samples)
     order.setflags(write=False)  # shared between callers
     return order
+
+
+def batches_per_epoch(num_samples: int, batch_size: int, *, drop_last: bool) -> int:
+    """Return the batches of a pass over ``num_samples`` images, an incomplete last one counted unless it is dropped.
+
+    Raises:
+        ConfigError: not one, because the batch is larger than the split and would be dropped.
+    """
+    full, rest = divmod(num_samples, batch_size)
+    batches = full if drop_last else full + (rest > 0)
+    if batches == 0:
+        raise ConfigError(
+            f"train.batch_size {batch_size} is larger than the training split ({num_samples} images) and "
+            f"train.drop_last drops it: use a batch_size of at most {num_samples}, or drop_last: false"
+        )
+    return batches
+
+
+class Order(Protocol):
+    """Which samples the steps of a run use; a pure function of seed, epoch and step.
+
+    Attributes:
+        steps_per_epoch: of every epoch.
+        repeats: steps in a row that show the same batch.
+    """
+
+    steps_per_epoch: int
+    repeats: int
+
+    def batch(self, step_in_epoch: int) -> int:
+        """Return the number, within the epoch, of the batch that a step shows."""
+
+    def labelled_share(self, epoch: int, step_in_epoch: int) -> float:
+        """Return the share of a step's images that are of the data set itself."""
+
+    def ids(self, epoch: int, step_in_epoch: int) -> np.ndarray:
+        """Return the int64 ids of a step over all ranks, in the order that its groups are cut from."""
 
 
 class StepOrder:
@@ -61,13 +100,7 @@ class StepOrder:
         self.drop_last = drop_last
         self.sample_ids = None if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
         self.repeats = repeats
-        full, rest = divmod(num_samples, batch_size)
-        self.steps_per_epoch = repeats * (full if drop_last else full + (rest > 0))
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"train.batch_size {batch_size} is larger than the training split ({num_samples} images) and "
-                f"train.drop_last drops it: use a batch_size of at most {num_samples}, or drop_last: false"
-            )
+        self.steps_per_epoch = repeats * batches_per_epoch(num_samples, batch_size, drop_last=drop_last)
 
     def locate(self, step: int) -> tuple[int, int]:
         """Return (epoch, step in epoch) of a global step that counts from 0."""
@@ -86,8 +119,12 @@ class StepOrder:
         """Return the (length,) int64 ids of a step over all ranks, in the order that its groups are cut from."""
         self._check(step_in_epoch)
         start = self.batch(step_in_epoch) * self.batch_size
-        positions = _epoch_order(self.seed, epoch, self.num_samples)[start : start + self.batch_size]
+        positions = epoch_order(self.seed, epoch, self.num_samples)[start : start + self.batch_size]
         return positions.copy() if self.sample_ids is None else self.sample_ids[positions]
+
+    def labelled_share(self, epoch: int, step_in_epoch: int) -> float:
+        """Return 1: all samples are of the data set itself."""
+        return 1.0
 
     def _check(self, step_in_epoch: int) -> None:
         if not 0 <= step_in_epoch < self.steps_per_epoch:

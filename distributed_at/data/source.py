@@ -29,7 +29,10 @@ class ImageSource(ABC):
         class_names: their names, or empty.
         image_size: height and width of what ``read`` returns.
         seed: the run's seed, used where ``read`` is given none.
+        unlabelled: images beside those of the data set have no label; they read as -1.
     """
+
+    unlabelled: bool = False
 
     def __init__(
         self,
@@ -65,6 +68,11 @@ class ImageSource(ABC):
     def origins(self, ids: np.ndarray) -> np.ndarray | None:
         """Return (N,) int8 of ``batch.LABELLED`` and ``batch.EXTRA``; None where all are of the data set itself."""
         return None
+
+    def identities(self) -> dict[str, DataIdentity]:
+        """Return part -> identity of all data that its images come from."""
+        own = self.identity()
+        return {own.part: own}
 
     @abstractmethod
     def read(
@@ -135,6 +143,14 @@ def channels_last(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
 
 
+def training_views(
+    images: np.ndarray, rows: np.ndarray, numbers: np.ndarray, *, epoch: int, seed: int, augment: AugmentConfig
+) -> np.ndarray:
+    """Return the augmented views (N, H, W, 3) uint8 of (N,) rows of ``images``, drawn by (N,) ``numbers``."""
+    views = pad_crop_flip(images, rows, numbers, epoch=epoch, seed=seed, augment=augment)
+    return jitter_batch(views, numbers, epoch=epoch, seed=seed) if augment.colour_jitter else views
+
+
 class ArraySource(ImageSource):
     """A split whose images are one array in memory (CIFAR, SVHN, digits)."""
 
@@ -163,20 +179,25 @@ class ArraySource(ImageSource):
         )
         self._images = images
         self._labels = np.asarray(labels, dtype=np.int64)
-        self._augment = augment
+        self.augment = augment
 
     def labels(self, ids: np.ndarray) -> np.ndarray:
         return self._labels[require_members(ids, self.sample_ids, split=self.split)]
 
     def read(
-        self, ids: np.ndarray, *, epoch: int, train: bool, seed: int | None = None
+        self, ids: np.ndarray, *, epoch: int, train: bool, seed: int | None = None, numbers: np.ndarray | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images and labels; ``numbers`` (N,) draw the views in place of the ids."""
         ids = require_members(ids, self.sample_ids, split=self.split)
-        seed = self.seed if seed is None else seed
         if train:
-            images = pad_crop_flip(self._images, ids, ids, epoch=epoch, seed=seed, augment=self._augment)
-            if self._augment.colour_jitter:
-                images = jitter_batch(images, ids, epoch=epoch, seed=seed)
+            images = training_views(
+                self._images,
+                ids,
+                ids if numbers is None else numbers,
+                epoch=epoch,
+                seed=self.seed if seed is None else seed,
+                augment=self.augment,
+            )
         else:
             images = self._images[ids]
         return channels_last(images), torch.from_numpy(self._labels[ids])

@@ -19,16 +19,16 @@ from torch import nn
 from distributed_at.attacks import PGD
 from distributed_at.attacks.iteration import Iteration
 from distributed_at.config import RunConfig
-from distributed_at.data.order import StepOrder
+from distributed_at.data.order import Order
 from distributed_at.data.source import ImageSource
-from distributed_at.data.sources import open_split
+from distributed_at.data.training import open_training
 from distributed_at.engine.averaging import WeightAverage
 from distributed_at.engine.batching import BatchPlan, total_steps
 from distributed_at.engine.buffers import BufferMerger
 from distributed_at.engine.optimizers import build_optimizer
 from distributed_at.engine.parallel import TrainingEngine
 from distributed_at.engine.processes.world import World
-from distributed_at.engine.runs.data import RunData, agree_on_data
+from distributed_at.engine.runs.data import RunData, agree_on_data, require_labels
 from distributed_at.engine.runs.folder import RunFolder
 from distributed_at.engine.runs.initial_weights import begin_from, read_into
 from distributed_at.engine.schedules import Schedules
@@ -51,7 +51,7 @@ class Parts:
     world: World
     plan: BatchPlan
     source: ImageSource
-    order: StepOrder
+    order: Order
     engine: TrainingEngine
     twin: Twin | None
     attack: PGD | None
@@ -165,7 +165,7 @@ def synchronise_groups(module: nn.Module, config: RunConfig, plan: BatchPlan, wo
 
 
 def _attack_work(
-    config: RunConfig, twin: Twin, plan: BatchPlan, source: ImageSource, order: StepOrder, world: World
+    config: RunConfig, twin: Twin, plan: BatchPlan, source: ImageSource, order: Order, world: World
 ) -> IterationWork:
     assert config.attack is not None
     statistics = measure(config.model, num_classes=num_classes_of(config, source), image_size=source.image_size)
@@ -204,16 +204,9 @@ def build_parts(
     )
     needs = OBJECTIVES[config.objective.name].needs(config.objective)
     plan.require_whole_groups(needs.whole_groups)
-    source = open_split(config.data, "train", seed=config.seed, warn=warn)
+    source, order = open_training(config, repeats=needs.repeats, warn=warn)
     data = agree_on_data(config, world, source, warn=warn, accept_changed=accept_data)
-    order = StepOrder(
-        source.num_samples,
-        config.train.batch_size,
-        seed=config.seed,
-        drop_last=config.train.drop_last,
-        sample_ids=source.sample_ids,
-        repeats=needs.repeats,
-    )
+    require_labels(config, source)
     num_classes = num_classes_of(config, source)
     module = build_network(config, num_classes, source.image_size)
     initial_weights = None

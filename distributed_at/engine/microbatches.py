@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from distributed_at.batch import Batch
-from distributed_at.data.order import StepOrder
+from distributed_at.data.order import Order
 from distributed_at.data.prefetch import Prefetcher
 from distributed_at.data.source import ImageSource
 from distributed_at.engine.batching import BatchPlan
@@ -38,9 +38,10 @@ class _Request:
     group_ids: np.ndarray
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
+    labelled_share: float
 
 
-def request(plan: BatchPlan, order: StepOrder, rank: int, step: int) -> _Request:
+def request(plan: BatchPlan, order: Order, rank: int, step: int) -> _Request:
     """Return what ``rank`` reads for optimiser step ``step``."""
     epoch, index = divmod(step, order.steps_per_epoch)
     ids = order.ids(epoch, index)
@@ -53,7 +54,8 @@ def request(plan: BatchPlan, order: StepOrder, rank: int, step: int) -> _Request
         weights.append(0.0)
     where = np.concatenate(positions)
     groups = order.batch(index) * plan.groups_per_step + where // plan.group_size
-    return _Request(step, epoch, ids[where], groups, tuple(map(len, positions)), tuple(weights))
+    share = order.labelled_share(epoch, index)
+    return _Request(step, epoch, ids[where], groups, tuple(map(len, positions)), tuple(weights), share)
 
 
 class MicroBatches:
@@ -62,7 +64,7 @@ class MicroBatches:
     def __init__(
         self,
         source: ImageSource,
-        order: StepOrder,
+        order: Order,
         plan: BatchPlan,
         *,
         rank: int,
@@ -81,11 +83,12 @@ class MicroBatches:
         self._ahead = Prefetcher(steps, self._read, depth=prefetch)
         self._results = iter(self._ahead)
 
-    def _read(self, wanted: _Request) -> tuple[_Request, torch.Tensor, torch.Tensor]:
+    def _read(self, wanted: _Request) -> tuple[_Request, torch.Tensor, torch.Tensor, list[int]]:
         images, labels = self._source.read(wanted.ids, epoch=wanted.epoch, train=True, seed=self._seed)
+        bare = [int((part < 0).sum()) for part in labels.split(wanted.sizes)]  # here, where they are on the host
         if self._device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()
-        return wanted, images, labels
+        return wanted, images, labels, bare
 
     def next_step(self) -> list[MicroBatch]:
         """Return the micro-batches of the next step, images float32 in [0, 1] on the device."""
@@ -96,7 +99,7 @@ class MicroBatches:
         return [replace(micro, batch=replace(micro.batch, step=step, repeat=repeat)) for micro in self._held]
 
     def _next_batch(self) -> list[MicroBatch]:
-        wanted, images, labels = next(self._results)
+        wanted, images, labels, bare = next(self._results)
         images = images.to(self._device, non_blocking=True)
         labels = labels.to(self._device, non_blocking=True)
         ids = self._on_device(wanted.ids)
@@ -115,6 +118,8 @@ class MicroBatches:
                 group_ids=g,
                 origin=None if origin is None else origin[k],
                 place=place if weight else None,
+                unlabelled=bare[k],
+                labelled_share=wanted.labelled_share if self._source.unlabelled else 1.0,
             )
             place += len(i)
             result.append(MicroBatch(batch, weight))

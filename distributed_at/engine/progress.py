@@ -27,15 +27,19 @@ class Meters:
         self._images = 0  # trained on since the last row, or since a resume: those that the clock has seen
         self._last_step = -1
 
-    def add(self, terms: Terms, labels: torch.Tensor) -> None:
-        """Count one micro-batch's loss, its terms and the accuracy of its logits."""
+    def add(self, terms: Terms, labels: torch.Tensor, *, unlabelled: int = 0) -> None:
+        """Count one micro-batch's loss, its terms and the accuracy of its logits.
+
+        ``unlabelled``: how many of its labels are -1; they are neither right nor wrong.
+        """
         n = len(labels)
         for name, value in {**terms.terms, "loss": terms.loss}.items():
             count = terms.counts.get(name, n)
             self._add(name, value.detach().to(torch.float64) * count, count)
         for branch, logits in terms.logits.items():
             hits = predicted_classes(logits.detach()) == terms.labels_of(branch, labels)
-            self._add(f"{branch}_accuracy", hits.sum(), len(hits))
+            if len(hits) > unlabelled:
+                self._add(f"{branch}_accuracy", hits.sum(), len(hits) - unlabelled)
         self._images += n
 
     def _add(self, name: str, value: torch.Tensor, count: int) -> None:

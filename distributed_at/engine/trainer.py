@@ -237,7 +237,7 @@ class Trainer:
             p.engine.step()
         p.buffers.end_group(micro.weight)
         if micro.weight:
-            self.meters.add(terms, batch.labels)
+            self.meters.add(terms, batch.labels, unlabelled=batch.unlabelled)
         return replace(terms, loss=terms.loss.detach())
 
     def _after_step(self, micros: list[MicroBatch], step: int) -> None:

@@ -201,6 +201,11 @@ class Objective:
         return None
 
     @classmethod
+    def needs_labels(cls, run: RunConfig) -> str | None:
+        """Return what looks at the label of every image, in words; None where images may come without one (label -1)."""
+        return f"objective '{run.objective.name}' trains on the label of every image"
+
+    @classmethod
     def clean_share(cls, config: Any) -> float | None:
         """Return the clean images for each adversarial one, where the loss is a mixture of both; None for other losses."""
         return None

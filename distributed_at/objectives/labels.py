@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
+from pydantic import Field
+
+from distributed_at.batch import EXTRA
+from distributed_at.config.objective import ObjectiveSection
 from distributed_at.errors import ConfigError, did_you_mean
 from distributed_at.lazy import F, torch
 
+if TYPE_CHECKING:
+    from distributed_at.batch import Batch
+
 SmoothingForm = Literal["uniform", "other_classes"]
 FORMS: tuple[str, ...] = get_args(SmoothingForm)
+
+
+class SmoothedSection(ObjectiveSection):
+    """Fields of an objective whose cross-entropy may be to smoothed labels."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing_form: SmoothingForm = Field(
+        default="uniform",
+        description="'uniform' = s/K on every class (TF, torch); 'other_classes' = s/(K-1) on the wrong ones (Pang et al.'s code)",
+    )
+    extra_label_smoothing: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="of images of data.extra (0.1 in Gowal et al.'s code, beside 0 for the others); null = label_smoothing",
+    )
 
 
 def smooth_labels(
@@ -60,3 +83,34 @@ def smoothed_cross_entropy(
         return F.cross_entropy(logits, labels, reduction="none")
     soft = smooth_labels(labels, logits.shape[1], smoothing, form=form, dtype=logits.dtype)
     return -(soft * F.log_softmax(logits, dim=1)).sum(dim=1)
+
+
+def cross_entropies(
+    logits: torch.Tensor, labels: torch.Tensor, origin: torch.Tensor | None, section: SmoothedSection
+) -> torch.Tensor:
+    """Return (N,) cross-entropy of logits (N, K) to labels (N,), smoothed as a section says; 0 where a label is -1.
+
+    ``origin`` (N,): as in ``Batch``; extra images have a smoothing of their own where the section gives one.
+    """
+    own, form = section.label_smoothing, section.label_smoothing_form
+    extra = own if section.extra_label_smoothing is None else section.extra_label_smoothing
+    if own == extra == 0:
+        return F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
+    soft = smooth_labels(labels, logits.shape[1], own, form=form, dtype=logits.dtype)
+    if origin is not None and extra != own:
+        beside = smooth_labels(labels, logits.shape[1], extra, form=form, dtype=logits.dtype)
+        soft = torch.where((origin == EXTRA)[:, None], beside, soft)
+    soft = soft * (labels >= 0)[:, None]
+    return -(soft * F.log_softmax(logits, dim=1)).sum(dim=1)
+
+
+def mean_cross_entropy(logits: torch.Tensor, batch: Batch, section: SmoothedSection) -> torch.Tensor:
+    """Return the scalar mean of ``cross_entropies`` over the images of a batch that have a label.
+
+    Where some have none, a micro-batch counts by its share of those that the whole step has, so that the mean over
+    micro-batches is the mean over the step's labelled images however the step is cut (Carmon et al.'s code: ignore_index).
+    """
+    losses = cross_entropies(logits, batch.labels, batch.origin, section)
+    if batch.labelled_share == 1:
+        return losses.mean()
+    return losses.sum() / (len(batch) * batch.labelled_share) if batch.labelled_share else losses.sum()

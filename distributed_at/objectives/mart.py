@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distributed_at.config.objective import ObjectiveSection
 from distributed_at.lazy import F, torch
 from distributed_at.objectives.base import BranchName, Forward, Objective, Passes, Terms, required_adv
+from distributed_at.objectives.labels import SmoothedSection, mean_cross_entropy
 
 if TYPE_CHECKING:
     from distributed_at.batch import Batch
@@ -25,10 +25,11 @@ class Mart(Objective):
     constants of their code: BCE = -log p_adv[y] - log(1.0001 - max over wrong classes of p_adv). Order of the forwards:
     clean, adv. Their attack is on cross-entropy with batch norm in eval mode, from 0.001 * N(0, 1); Gowal et al.
     ("Uncovering the limits", table 2) give MART their own attack and schedule, and no beta.
-    ``clean_bn="batch"``: the clean forward moves no running statistics, as everywhere in Gowal et al.'s code.
+    ``clean_bn="batch"``: the clean forward moves no running statistics, as everywhere in Gowal et al.'s code. Smoothing,
+    which is in none of these, changes the term -log p_adv[y] alone.
     """
 
-    class Config(ObjectiveSection):
+    class Config(SmoothedSection):
         """MART: boosted cross-entropy of adversarial images + beta * KL weighted by 1 - p_clean[y]."""
 
         name: Literal["mart"] = "mart"
@@ -54,7 +55,8 @@ class Mart(Objective):
         bn: Literal["train", "batch"] = "train" if self.config.clean_bn == "update" else "batch"
         clean_logits = forward(batch.images, branch="clean", bn=bn)
         adv_logits = forward(adv, branch="adv")
-        boosted, weighted = mart_terms(clean_logits, adv_logits, batch.labels)
+        cross_entropy = mean_cross_entropy(adv_logits, batch, self.config)
+        boosted, weighted = mart_terms(clean_logits, adv_logits, batch.labels, cross_entropy=cross_entropy)
         return Terms(
             boosted + self.config.beta * weighted,
             {"adv_loss": boosted.detach(), "weighted_kl": weighted.detach()},
@@ -71,12 +73,21 @@ def mart_loss(
 
 
 def mart_terms(
-    clean_logits: torch.Tensor, adv_logits: torch.Tensor, labels: torch.Tensor
+    clean_logits: torch.Tensor,
+    adv_logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    cross_entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scalars boosted cross-entropy and weighted KL of logits (N, K) and labels (N,)."""
+    """Return the scalars boosted cross-entropy and weighted KL of logits (N, K) and labels (N,).
+
+    ``cross_entropy``: scalar of the adversarial images where it is not the plain one, e.g. to smoothed labels.
+    """
+    if cross_entropy is None:
+        cross_entropy = F.cross_entropy(adv_logits, labels)
     adv = F.softmax(adv_logits, dim=1)
     wrong = adv.scatter(1, labels[:, None], -1.0).amax(dim=1)
-    boosted = F.cross_entropy(adv_logits, labels) - torch.log(_ABOVE_ONE - wrong + _TINY).mean()
+    boosted = cross_entropy - torch.log(_ABOVE_ONE - wrong + _TINY).mean()
     clean_log = F.log_softmax(clean_logits, dim=1)
     clean = clean_log.exp()
     divergence = (clean * (clean_log - torch.log(adv + _TINY))).sum(dim=1)

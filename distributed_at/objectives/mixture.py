@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from distributed_at.config.objective import ObjectiveSection
 from distributed_at.lazy import F, torch
 from distributed_at.objectives.base import BranchName, Forward, Needs, Objective, Passes, Terms, required_adv
-from distributed_at.objectives.labels import SmoothingForm, smoothed_cross_entropy
+from distributed_at.objectives.labels import SmoothedSection, cross_entropies
 
 if TYPE_CHECKING:
     from distributed_at.batch import Batch
@@ -32,7 +31,7 @@ class Mixture(Objective):
     over the batch.
     """
 
-    class Config(ObjectiveSection):
+    class Config(SmoothedSection):
         """Adversarial plus a share of the clean counterparts, one BN, MBN or GN, with optional logit pairing (Xie & Yuille)."""
 
         name: Literal["mixture"] = "mixture"
@@ -49,8 +48,6 @@ class Mixture(Objective):
         alpha: float = Field(default=0.5, ge=0, le=1)
         logit_pairing: float = Field(default=0.0, ge=0, description="weight of adversarial logit pairing")
         logit_pairing_form: Literal["mse_mean", "l2_sum"] = "mse_mean"
-        label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-        label_smoothing_form: SmoothingForm = "uniform"
 
         @model_validator(mode="after")
         def _pairs(self) -> Mixture.Config:
@@ -112,8 +109,9 @@ class Mixture(Objective):
         rows = self.clean_rows(batch)
         groups = self._groups(batch, rows)
         clean_logits, adv_logits = self._logits(forward, batch, adv, rows, groups)
-        adv_losses = self._cross_entropy(adv_logits, batch.labels)
-        clean_losses = self._cross_entropy(clean_logits, batch.labels[rows])
+        origin = batch.origin
+        adv_losses = cross_entropies(adv_logits, batch.labels, origin, c)
+        clean_losses = cross_entropies(clean_logits, batch.labels[rows], None if origin is None else origin[rows], c)
         terms = {"adv_loss": adv_losses.mean().detach()}
         parts = zip(clean_losses.split([k for _, k in groups]), adv_losses.split([n for n, _ in groups]), strict=True)
         means = [mixed_mean(*part, c.alpha, weighting=c.weighting) * (len(part[1]) / len(batch)) for part in parts]
@@ -179,11 +177,6 @@ class Mixture(Objective):
         place = (same & earlier).sum(dim=1)
         kept = (same.sum(dim=1).to(torch.float64) * self.config.clean_ratio + 0.5).floor()
         return torch.nonzero(place < kept)[:, 0]
-
-    def _cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return smoothed_cross_entropy(
-            logits, labels, self.config.label_smoothing, form=self.config.label_smoothing_form
-        )
 
 
 def mixture_loss(

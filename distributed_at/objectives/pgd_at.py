@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distributed_at.config.objective import ObjectiveSection
 from distributed_at.objectives.base import BranchName, Forward, Objective, Passes, Terms, required_adv
-from distributed_at.objectives.labels import SmoothingForm, smoothed_cross_entropy
+from distributed_at.objectives.labels import SmoothedSection, SmoothingForm, mean_cross_entropy, smoothed_cross_entropy
 
 if TYPE_CHECKING:
     import torch
@@ -24,15 +23,10 @@ class PgdAt(Objective):
     al.'s code, "Bag of tricks", table 7 is confounded by it). 0 trains on what the loss sees.
     """
 
-    class Config(ObjectiveSection):
+    class Config(SmoothedSection):
         """Madry-style adversarial training: cross-entropy on adversarial images."""
 
         name: Literal["pgd_at"] = "pgd_at"
-        label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-        label_smoothing_form: SmoothingForm = Field(
-            default="uniform",
-            description="'uniform' = s/K on every class (TF, torch); 'other_classes' = s/(K-1) on the wrong ones (Pang et al.'s code)",
-        )
         bn_clean_updates_per_step: int = Field(
             default=0,
             ge=0,
@@ -60,7 +54,7 @@ class PgdAt(Objective):
         c, branch = self.config, self.context.attack_branch
         adv = required_adv(adv, batch)
         adv_logits = forward(adv, branch=branch)
-        loss = pgd_at_loss(adv_logits, batch.labels, c.label_smoothing, form=c.label_smoothing_form)
+        loss = mean_cross_entropy(adv_logits, batch, c)
         logits = {"adv": adv_logits.detach()}
         if c.bn_clean_updates_per_step == 2:
             # after the adversarial forward and before the optimiser's step, the order of that code

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from distributed_at.config.objective import ObjectiveSection
 from distributed_at.objectives.base import Forward, Needs, Objective, Passes, Terms
-from distributed_at.objectives.labels import SmoothingForm, smoothed_cross_entropy
+from distributed_at.objectives.labels import SmoothedSection, SmoothingForm, mean_cross_entropy, smoothed_cross_entropy
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +16,10 @@ if TYPE_CHECKING:
 class Standard(Objective):
     """Mean cross-entropy of clean images, as in the "100% clean" row of Xie & Yuille, "Intriguing properties", section 4."""
 
-    class Config(ObjectiveSection):
+    class Config(SmoothedSection):
         """Natural training: cross-entropy on clean images."""
 
         name: Literal["standard"] = "standard"
-        label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-        label_smoothing_form: SmoothingForm = "uniform"
 
     config: Config
     title = "natural training"
@@ -41,9 +36,8 @@ class Standard(Objective):
 
     def loss(self, forward: Forward, batch: Batch, adv: torch.Tensor | None) -> Terms:
         """Return the mean loss over the batch's clean images; ``adv`` is not used."""
-        c = self.config
         logits = forward(batch.images, branch="clean")
-        loss = standard_loss(logits, batch.labels, c.label_smoothing, form=c.label_smoothing_form)
+        loss = mean_cross_entropy(logits, batch, self.config)
         return Terms(loss, {"clean_loss": loss.detach()}, {"clean": logits.detach()})
 
 

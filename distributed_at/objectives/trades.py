@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distributed_at.catalogue.attacks import ATTACK_TARGETS
-from distributed_at.config.objective import ObjectiveSection
+from distributed_at.catalogue.attacks import ATTACK_LOSSES, ATTACK_TARGETS
 from distributed_at.lazy import F
 from distributed_at.objectives.base import BranchName, Forward, Objective, Passes, Terms, required_adv
-from distributed_at.objectives.labels import SmoothingForm, smoothed_cross_entropy
+from distributed_at.objectives.labels import SmoothedSection, SmoothingForm, mean_cross_entropy, smoothed_cross_entropy
 
 if TYPE_CHECKING:
     import torch
@@ -26,16 +25,15 @@ class Trades(Objective):
     et al., "Uncovering the limits", section 3.1, prints the KL reversed, its code does not. Order of the forwards, which
     BN's running statistics remember: clean, adv ("once", Pang et al.'s ATHE code); clean, adv, clean ("twice", the
     TRADES code, whose KL looks at the second clean forward). ``clean_bn="batch"``: clean forwards use batch statistics
-    and move nothing, so running statistics see adversarial images alone (Gowal et al.'s code).
+    and move nothing, so running statistics see adversarial images alone (Gowal et al.'s code). Images of ``data.extra``
+    without labels count in the KL alone (Carmon et al., "Unlabeled data improves adversarial robustness", 2019).
     """
 
-    class Config(ObjectiveSection):
+    class Config(SmoothedSection):
         """TRADES: CE(clean) + beta * KL(p_clean || p_adv), gradient through both (TRADES' code)."""
 
         name: Literal["trades"] = "trades"
         beta: float = Field(default=6.0, ge=0)
-        label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-        label_smoothing_form: SmoothingForm = "uniform"
         clean_forwards: Literal["once", "twice"] = Field(
             default="once",
             description="'twice' = a second train-mode clean forward for the KL target, as the TRADES code",
@@ -61,6 +59,17 @@ class Trades(Objective):
         )
 
     @classmethod
+    def needs_labels(cls, run: RunConfig) -> str | None:
+        attack = run.attack
+        if attack is None or not ATTACK_LOSSES[attack.loss].from_clean:
+            return f"attack.loss '{attack.loss if attack else None}' climbs the loss of the label (use kl)"
+        return (
+            "early stopping of the attack asks whether an image is misclassified"
+            if attack.early_stop is not None
+            else None
+        )
+
+    @classmethod
     def refuse(cls, run: RunConfig) -> str | None:
         if run.attack is not None and ATTACK_TARGETS[run.attack.target].targeted:
             return (
@@ -77,14 +86,11 @@ class Trades(Objective):
         clean_logits = forward(batch.images, branch="clean", bn=bn)
         adv_logits = forward(adv, branch="adv")
         paired = forward(batch.images, branch="clean", bn=bn) if c.clean_forwards == "twice" else clean_logits
-        clean_loss, divergence = trades_terms(
-            clean_logits, adv_logits, batch.labels, c.label_smoothing, form=c.label_smoothing_form, paired_logits=paired
-        )
-        return Terms(
-            clean_loss + c.beta * divergence,
-            {"clean_loss": clean_loss.detach(), "kl": divergence.detach()},
-            {"clean": clean_logits.detach(), "adv": adv_logits.detach()},
-        )
+        clean_loss = mean_cross_entropy(clean_logits, batch, c)
+        divergence = kl_divergence(paired, adv_logits).mean()
+        terms = {"clean_loss": clean_loss.detach(), "kl": divergence.detach()}
+        logits = {"clean": clean_logits.detach(), "adv": adv_logits.detach()}
+        return Terms(clean_loss + c.beta * divergence, terms, logits)
 
 
 def trades_loss(

@@ -7,6 +7,8 @@ _AUGMENT = "tests/unit/test_data_augment.py::"
 _SOURCES = "tests/unit/test_data_sources.py::"
 _ANY = "tests/integration/test_any_data.py::"
 _EXTRA = "tests/unit/test_data_extra.py::"
+_MIXED, _MIXED_DATA = "tests/unit/test_mixed_order.py::", "tests/unit/test_mixed_data.py::"
+_PACKING = "tests/unit/test_packing.py::"
 _PIXELS = "tests/unit/test_data_pixels.py::"
 _FOLDERS = "tests/integration/test_imagenet_data.py::"
 _SHARDS = "tests/unit/test_shards.py::"
@@ -141,8 +143,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "evaluation sees training views",
         "data/source.py",
-        "        if train:\n            images = pad",
-        "        if True:\n            images = pad",
+        "        if train:\n            images = training_views(",
+        "        if True:\n            images = training_views(",
         _PIXELS + "test_digits_are_scikit_learns_pixel_by_pixel_with_its_labels",
     ),
     Mutation(
@@ -172,6 +174,119 @@ MUTATIONS: tuple[Mutation, ...] = (
         ", choice=config.validation_choice",
         "",
         _ORDER + "test_every_choice_of_held_out_images_reaches_the_splits_of_a_recipe",
+    ),
+    Mutation(
+        "a whole archive of extra images is in memory",
+        "data/extra_files.py",
+        "ROWS = 4096",
+        "ROWS = 1 << 30",
+        _PACKING + "test_neither_packing_nor_reading_takes_memory_in_proportion",
+    ),
+    Mutation(
+        "extra images are read through a memory map",
+        "data/packed.py",
+        "content = os.pread(self._files[shard], self._bytes, offset)",
+        "content = self.__dict__.setdefault(path, np.memmap(path))[offset : offset + self._bytes].data",
+        _PACKING + "test_neither_packing_nor_reading_takes_memory_in_proportion",
+    ),
+    Mutation(
+        "a packed set counts as whole before its last shard",
+        "data/packing.py",
+        "        self._shards.append(describe_shard(self._folder, number, scored=self._scored))\n        self._note()",
+        "        self._shards.append(describe_shard(self._folder, number, scored=self._scored))\n"
+        "        write_atomically(self._folder / MANIFEST, self._manifest().to_json())\n        self._note()",
+        _PACKING + "test_a_kill_at_any_point_leaves_nothing_that_counts_as_whole_and_the_next_call_goes_on",
+    ),
+    Mutation(
+        "an interrupted packing begins its file again behind the shards that stand",
+        "data/packing.py",
+        "pieces = _Buffered(rows_from(done))",
+        "pieces = _Buffered(rows_from(0))",
+        _PACKING + "test_a_kill_at_any_point_leaves_nothing_that_counts_as_whole_and_the_next_call_goes_on",
+    ),
+    Mutation(
+        "a shard is finished before its file's checksum is compared",
+        "data/packing.py",
+        "            pieces.look_ahead()",
+        "            pass",
+        _PACKING + "test_an_archive_damaged_in_its_last_image_is_not_packed_by_any_number_of_calls",
+    ),
+    Mutation(
+        "files that changed since they were packed are not looked at",
+        "data/packing.py",
+        "if list(manifest.sources) == list(sources) and",
+        "if",
+        _PACKING + "test_a_file_that_changed_is_packed_anew_and_is_another_set",
+    ),
+    Mutation(
+        "the order by places keeps some images from their turn",
+        "rng.py",
+        "low = low ^ (_mixed(high ^ key)",
+        "low = low & (_mixed(high ^ key)",
+        _MIXED + "test_a_permutation_by_places_shows_each_number_once",
+    ),
+    Mutation(
+        "every pass over the extra images has one order",
+        "data/mixed_order.py",
+        "self.num_extra, self.seed, int(turn), purpose",
+        "self.num_extra, self.seed, 0, purpose",
+        _MIXED + "test_extra_images_come_in_another_order_in_every_pass",
+    ),
+    Mutation(
+        "the extra images begin anew with every epoch",
+        "data/mixed_order.py",
+        'self._extra(self._taken("extra", start), self._taken("extra", number), phase.extra)',
+        'self._extra(0, self._taken("extra", number) - self._taken("extra", start), phase.extra)',
+        _MIXED + "test_both_streams_show_each_image_once_a_pass_at_their_own_pace",
+    ),
+    Mutation(
+        "copies of a labelled image are one image four times",
+        "data/mixed_order.py",
+        "self.numbers.of_labelled(ids, uses + copy)",
+        "self.numbers.of_labelled(ids, uses)",
+        _MIXED + "test_each_labelled_image_stands_in_a_batch_once_a_part_with_numbers_of_its_own",
+    ),
+    Mutation(
+        "an image's second pass in an epoch repeats its crop and start",
+        "data/mixed_order.py",
+        "uses = (passes - epoch_start // images) * self.copies",
+        "uses = passes * 0",
+        _MIXED + "test_no_two_uses_of_an_epoch_have_the_same_number",
+    ),
+    Mutation(
+        "labelled images stand together at a batch's begin",
+        "data/mixed_order.py",
+        "(part + 1) * phase.distinct // len(part) > part * phase.distinct // len(part)",
+        "part < phase.distinct",
+        _MIXED + "test_each_labelled_image_stands_in_a_batch_once_a_part_with_numbers_of_its_own",
+    ),
+    Mutation(
+        "extra images are cropped by their rows, the same in every use",
+        "data/mixed.py",
+        "extra, np.arange(len(extra)), ids[beside], epoch",
+        "extra, np.arange(len(extra)), self._numbers.extra_rows(ids[beside]), epoch",
+        _MIXED_DATA + "test_a_mixed_batch_shows_each_image_with_a_view_of_its_own_number",
+    ),
+    Mutation(
+        "a step's labelled images are averaged micro-batch by micro-batch",
+        "objectives/labels.py",
+        "losses.sum() / (len(batch) * batch.labelled_share)",
+        "losses.sum() / (batch.labels >= 0).sum()",
+        _MIXED_DATA + "test_the_loss_is_the_mean_over_the_steps_labelled_images_however_it_is_cut",
+    ),
+    Mutation(
+        "labelled images are smoothed like extra ones",
+        "objectives/labels.py",
+        "torch.where((origin == EXTRA)[:, None], beside, soft)",
+        "beside",
+        _MIXED_DATA + "test_extra_images_have_a_smoothing_of_their_own",
+    ),
+    Mutation(
+        "a resumed run goes on with other extra images",
+        "data/mixed.py",
+        "return {**self._labelled.identities(), **beside}",
+        "return self._labelled.identities()",
+        "tests/integration/test_extra_training.py::test_other_extra_images_are_noticed_at_a_resume",
     ),
     Mutation(
         "SVHN's test images are its training images",
@@ -224,16 +339,16 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "an extra label one past the classes is taken",
-        "data/extra.py",
+        "data/extra_files.py",
         "(labels >= num_classes)",
         "(labels > num_classes)",
         _EXTRA + "test_what_is_not_extra_data_is_refused_with_the_reason",
     ),
     Mutation(
         "extra labels past 127 wrap",
-        "data/extra.py",
-        "labels=labels.astype(np.int64)",
-        "labels=labels.astype(np.int8).astype(np.int64)",
+        "data/extra_files.py",
+        "found[1].astype(np.int64)",
+        "found[1].astype(np.int8).astype(np.int64)",
         _EXTRA + "test_labels_of_many_classes_come_back_as_they_are",
     ),
     Mutation(

@@ -161,9 +161,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "the incomplete last batch is always dropped",
-        "engine/builder.py",
-        "drop_last=config.train.drop_last",
-        "drop_last=True",
+        "data/training.py",
+        "            drop_last=train.drop_last,\n            sample_ids",
+        "            drop_last=True,\n            sample_ids",
         _RUN + "[standard-1x1]",
     ),
     Mutation(

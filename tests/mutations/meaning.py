@@ -60,8 +60,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "ranks do not compare their data",
         "engine/runs/data.py",
-        '        if difference is not None:\n            raise ConfigError(\n                f"data.path',
-        '        if False:\n            raise ConfigError(\n                f"data.path',
+        "            if difference is not None:\n                where = ",
+        "            if False:\n                where = ",
         _DATA + "test_a_rank_that_sees_other_data_ends_all_before_the_first_step",
     ),
     Mutation(

@@ -2,17 +2,25 @@
 
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from distributed_at.cli import main
-from distributed_at.data.extra import read_extra
+from distributed_at.data.extra import labels_of_file
+from distributed_at.data.extra_files import open_extra_file
 from distributed_at.errors import DataError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
 LABELS = np.array([3, 0, 9, 3, 3, 1, 0])
+
+
+def read_extra(path, num_classes=1000):
+    """Read a file as a whole, as packing does piece by piece."""
+    pieces = list(open_extra_file(path).pieces(num_classes=num_classes))
+    return SimpleNamespace(images=np.concatenate([p[0] for p in pieces]), labels=np.concatenate([p[1] for p in pieces]))
 
 
 def _pickle(path, protocol=3, **content):
@@ -37,12 +45,13 @@ def _write(folder, form, **changes):
 @pytest.mark.parametrize("kind", ["u1", "i2", "<i4", "i8", ">i8"])
 def test_images_and_labels_come_back_in_every_published_form(tmp_path, form, kind):
     key = "extrapolated_targets" if form == "pickle" else "label"
-    extra = read_extra(_write(tmp_path, form, **{key: LABELS.astype(kind)}), num_classes=10)
+    path = _write(tmp_path, form, **{key: LABELS.astype(kind)})
+    extra = read_extra(path, num_classes=10)
     np.testing.assert_array_equal(extra.images, IMAGES)
     np.testing.assert_array_equal(extra.labels, LABELS)
     assert extra.images.dtype == np.uint8
     assert extra.labels.dtype == np.int64
-    assert extra.labels_per_class() == {0: 2, 1: 1, 3: 3, 9: 1}
+    assert labels_of_file(path, num_classes=10) == (7, 32, {0: 2, 1: 1, 3: 3, 9: 1})
 
 
 @pytest.mark.parametrize("form", ["pickle", "npz"])
@@ -66,14 +75,16 @@ def test_pickles_of_every_protocol_and_column_order_are_read(tmp_path, protocol)
 REFUSED = {
     "other keys": ({"data": None, "extrapolated_targets": None, "x": IMAGES}, "holds no 'data'"),
     "floats": ({"data": IMAGES / 255}, "'f8' where pixels are uint8"),
-    "images of another size": ({"data": IMAGES[:, :28]}, r"must be uint8 \(N, 32, 32, 3\), found uint8 \(7, 28, 32, 3\)"),
+    "images of another size": ({"data": IMAGES[:, :28]}, r"must be uint8 \(N, H, H, 3\), found uint8 \(7, 28, 32, 3\)"),
     "flat images": ({"data": IMAGES.reshape(7, -1)}, r"found uint8 \(7, 3072\)"),
     "signed pixels": ({"data": IMAGES.view(np.int8)}, "found int8"),
     "no images": ({"data": IMAGES[:0], "extrapolated_targets": LABELS[:0]}, r"found uint8 \(0,"),
     "too few labels": ({"extrapolated_targets": LABELS[:6]}, "must be 7 integers, one per image"),
     "labels of two columns": ({"extrapolated_targets": LABELS[:, None]}, r"found int64 \(7, 1\)"),
     "a list of labels": ({"extrapolated_targets": LABELS.tolist()}, "must be a numpy array, found list"),
-    "a negative label": ({"extrapolated_targets": np.array([3, 0, -1, 3, 3, 1, 0])}, r"image 2 is -1; labels lie in \[0, 10\)"),
+    "a negative label": ({"extrapolated_targets": np.array([3, 0, -2, 3, 3, 1, 0])}, r"image 2 is -2; labels lie in \[0, 10\)"),
+    "one image without a label": ({"extrapolated_targets": np.array([3, 0, -1, 3, 3, 1, 0])}, "image 2 is -1, and images before it have a label"),
+    "one image with a label": ({"extrapolated_targets": np.array([-1, -1, -1, 3, -1, -1, -1])}, r"image 3 is 3, and images before it have no label \(-1\)"),
     "a label past the classes": ({"extrapolated_targets": LABELS + 1}, r"image 2 is 10; labels lie in \[0, 10\)"),
 }  # fmt: skip
 

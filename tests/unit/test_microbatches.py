@@ -55,6 +55,8 @@ def test_stand_ins_of_an_incomplete_batch_weigh_nothing():
 class Source:
     """One pixel an image, of the sample's own grey; the label is the last digit. Notes what it was asked."""
 
+    unlabelled = False
+
     def __init__(self):
         self.asked = []
 

@@ -12,6 +12,7 @@ from distributed_at.data.source import ImageSource
 from distributed_at.data.sources import open_split
 from distributed_at.engine.processes.world import World, from_main, gather_all
 from distributed_at.errors import ConfigError, UserError
+from distributed_at.objectives import OBJECTIVES
 
 Warn = Callable[[str, str], None]
 
@@ -20,7 +21,7 @@ class RunData:
     """The identities of a run's data, kept in every checkpoint.
 
     Args:
-        splits: 'train', and 'test' where the recipe measures it.
+        splits: 'train', 'extra' where the recipe names extra images, and 'test' where it measures it.
         accept_changed: go on where a checkpoint was trained on other data.
 
     Attributes:
@@ -64,7 +65,7 @@ def look_at_data(config: RunConfig, source: ImageSource, *, warn: Warn | None = 
         DataError: the test images cannot be opened.
         ConfigError: a class has no image to train on.
     """
-    found = {"train": source.identity()}
+    found = source.identities()
     empty = found["train"].without_images()
     if empty:
         raise ConfigError(
@@ -83,6 +84,19 @@ def look_at_data(config: RunConfig, source: ImageSource, *, warn: Warn | None = 
     return found
 
 
+def require_labels(config: RunConfig, source: ImageSource) -> None:
+    """Refuse extra images without labels where the objective or its attack looks at them.
+
+    Raises:
+        ConfigError: says what does, and how images get labels.
+    """
+    reason = OBJECTIVES[config.objective.name].needs_labels(config) if source.unlabelled else None
+    if reason is not None:
+        raise ConfigError(
+            f"data.extra: its images have no labels, and {reason}; distributed-at data pseudolabel gives them some"
+        )
+
+
 def agree_on_data(
     config: RunConfig, world: World, source: ImageSource, *, warn: Warn | None = None, accept_changed: bool = False
 ) -> RunData:
@@ -92,18 +106,20 @@ def agree_on_data(
         ConfigError: a rank sees other data; all ranks raise the same words, which name it, its host and the difference.
         UserError: as ``look_at_data``, on all ranks.
     """
-    own = source.identity()
-    everyone = gather_all((socket.gethostname(), own.to_dict()), world)
-    first_host, first = everyone[0][0], DataIdentity.from_dict(everyone[0][1])
-    for rank, (host, held) in enumerate(everyone):
-        difference = first.difference(DataIdentity.from_dict(held))
-        if difference is not None:
-            raise ConfigError(
-                f"data.path {config.data.path}: rank {rank} on {host} sees other training data than rank 0 on "
-                f"{first_host}: {difference}. Give all nodes one copy, or equal ones"
-            )
+    own = source.identities()
+    everyone = gather_all((socket.gethostname(), {part: held.to_dict() for part, held in own.items()}), world)
+    first_host, first = everyone[0]
+    for rank, (host, theirs) in enumerate(everyone):
+        for part, held in theirs.items():
+            difference = DataIdentity.from_dict(first[part]).difference(DataIdentity.from_dict(held))
+            if difference is not None:
+                where = f"data.path {config.data.path}" if part == "train" else "data.extra"
+                raise ConfigError(
+                    f"{where}: rank {rank} on {host} sees other training data than rank 0 on {first_host}: {difference}. "
+                    "Give all nodes one copy, or equal ones"
+                )
     refusal: UserError | None = None
-    splits: dict[str, DataIdentity] = {"train": own}
+    splits: dict[str, DataIdentity] = own
     if world.is_main:
         try:
             splits = look_at_data(config, source, warn=warn)
