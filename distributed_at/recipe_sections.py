@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from distributed_at.config import ModelConfig
+from typing import Any
+
+from distributed_at.catalogue.optimizers import OPTIMIZERS
+from distributed_at.catalogue.schedules import SCHEDULES
+from distributed_at.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from distributed_at.config.choice import unread
 from distributed_at.recipe_errors import chosen_sections
 from distributed_at.recipe_nodes import Node, merge
+from distributed_at.registry import Registry
+
+# Sections of one class whose entries read different fields of it.
+_ENTRIES: dict[str, tuple[type[OptimizerConfig | ScheduleConfig], Registry[Any]]] = {
+    "optimizer": (OptimizerConfig, OPTIMIZERS),
+    "schedule": (ScheduleConfig, SCHEDULES),
+}
 
 
 def lay(base: Node, over: Node) -> Node:
     """Merge, and drop what a section of another name inherits but does not have."""
-    for key in chosen_sections():
+    for key in (*chosen_sections(), *_ENTRIES):
         section = over.child(key)
         base = switch_section(base, key, section.child("name") if section is not None else None)
     model = over.child("model")
@@ -32,10 +44,25 @@ def switch_section(base: Node, key: str, name: Node | None) -> Node:
     section = base.child(key)
     if name is None or section is None or not isinstance(section.value, dict):
         return base
+    if key in _ENTRIES:
+        return _switch_entry(base, key, section, name)
+    if key not in chosen_sections():
+        return base
     chosen = chosen_sections()[key]
     current = section.child("name")
     if name.value == (chosen.default if current is None else current.value):
         return base
     fields = chosen.classes()[name.value].model_fields if name.value in chosen.registry else {}
     kept = {field: child for field, child in section.items() if field in fields}
+    return Node({**base.value, key: Node(kept, section.source)}, base.source)
+
+
+def _switch_entry(base: Node, key: str, section: Node, name: Node) -> Node:
+    """Drop what the entry ``name`` does not read, where the section named another one."""
+    config, registry = _ENTRIES[key]
+    before = section.child("name")
+    if name.value == (config.model_fields["name"].default if before is None else before.value):
+        return base
+    dropped = unread(registry, name.value) if isinstance(name.value, str) and name.value in registry else frozenset()
+    kept = {field: child for field, child in section.items() if field not in dropped}
     return Node({**base.value, key: Node(kept, section.source)}, base.source)

@@ -20,7 +20,7 @@ from distributed_at.config import PaperConfig, RunConfig
 from distributed_at.errors import ConfigError, did_you_mean
 from distributed_at.plugins import load_installed
 from distributed_at.recipe_code import absolute_network, with_absolute_network, with_network_file, with_plugins
-from distributed_at.recipe_errors import chosen_sections, config_error, unknown_name
+from distributed_at.recipe_errors import config_error, unknown_name
 from distributed_at.recipe_nodes import (
     Node,
     Source,
@@ -361,9 +361,8 @@ def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
         parsed.append((path, node))
     for path, node in parsed:
         key = str(path[0])
-        if key in chosen_sections():
-            name = node if path == (key, "name") else node.child("name") if path == (key,) else None
-            tree = switch_section(tree, key, name)
+        name = node if path == (key, "name") else node.child("name") if path == (key,) else None
+        tree = switch_section(tree, key, name)
         arch = node if path == ("model", "arch") else node.child("arch") if path == ("model",) else None
         tree = switch_network(tree, arch)
     for path, node in parsed:

@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     START_RADIUS = 11
     CHANNELS = 12
     DROPOUT = 13
+    STEP_NOISE = 14
 
 
 def _round_keys(seed: int) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,10 @@ class Counters:
     epoch: int
     sample_ids: torch.Tensor
     draw: int = 0
+
+    def of_step(self, step: int, num_steps: int) -> Counters:
+        """Return those of one step of a restart of so many, which no other step shares."""
+        return replace(self, draw=self.draw * num_steps + step)
 
     def uniform(self, count: int, *, purpose: rng.Purpose = rng.Purpose.START) -> torch.Tensor:
         """Return (N, count) float32 in [0, 1)."""

@@ -14,6 +14,7 @@ from typing import TypeVar, get_args
 import torch
 
 from distributed_at.attacks.balls import Bounds
+from distributed_at.attacks.counters import Counters
 from distributed_at.attacks.iteration import (
     Gradient,
     Iteration,
@@ -35,6 +36,7 @@ from distributed_at.catalogue.attacks import (
     ATTACK_STARTS,
     ATTACK_TARGETS,
     ATTACK_UPDATES,
+    BALLS,
     STEP_RULES,
     AttackLoss,
     Start,
@@ -45,8 +47,9 @@ from distributed_at.config import AttackConfig
 from distributed_at.config.attack import CleanStartScope, ReferenceForward, schedule_problem
 from distributed_at.errors import ConfigError, DataError, did_you_mean
 from distributed_at.logits import check_labels, checked_logits, predicted_classes
+from distributed_at.ops.reference import sign
 from distributed_at.registry import Registry
-from distributed_at.rng import EVALUATION_EPOCH
+from distributed_at.rng import EVALUATION_EPOCH, Purpose
 
 T = TypeVar("T")
 
@@ -72,6 +75,8 @@ class PGD:
         step_schedule: (step, factor) pairs: from that step on, counted from 0, steps are ``factor`` times as long, and
             factors multiply. Gowal et al.'s code: ((5, 0.1),).
         update: "steepest", the ball's own step; or "adam".
+        step_noise: standard deviation of Gaussian noise that every step adds before it is projected, of counters as a start
+            (Zhang et al., "Friendly AT", 2020: omega of their code, 0.001); for "steepest" in "linf".
         start: "uniform", "zero" or "gaussian"; the laws stand in ``starts.py`` and ``balls.py``.
         start_std: standard deviation of "gaussian" (TRADES: 0.001).
         clip_start: clip the start to the box (Xie & Yuille's and TRADES' codes do not).
@@ -100,6 +105,7 @@ class PGD:
     step_rule: str = "explicit"
     step_schedule: tuple[tuple[int, float], ...] = ()
     update: str | Update = "steepest"
+    step_noise: float = 0.0
     start: str | Start = "uniform"
     start_std: float = 0.001
     clip_start: bool = True
@@ -127,6 +133,10 @@ class PGD:
         if refusal is not None:
             raise ConfigError(f"attack.{refusal}")
         _entry(ATTACK_UPDATES, self.update)
+        if self.step_noise and (not BALLS[self.threat.norm].per_pixel or self._rule() is not None):
+            raise ConfigError("step_noise belongs to steps of the sign: norm 'linf' and update 'steepest'")
+        if not self.step_noise >= 0:
+            raise ConfigError(f"step_noise must be at least 0, got {self.step_noise}")
         if self.num_steps < 0:
             raise ConfigError(f"num_steps must be at least 0, got {self.num_steps}")
         if not self.step_size > 0:
@@ -163,6 +173,7 @@ class PGD:
             step_rule=config.step_rule,
             step_schedule=config.step_schedule,
             update=config.update,
+            step_noise=config.step_noise,
             start=config.start,
             start_std=config.start_std,
             clip_start=config.clip_start,
@@ -187,8 +198,8 @@ class PGD:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether the update rule keeps something from step to step, so that an iteration gives the gradient alone."""
-        return self._rule() is not None
+        """Whether a step is more than the ball's own, so that an iteration gives the gradient alone."""
+        return self._rule() is not None or self.step_noise > 0
 
     def iteration(self, model: Model, *, functional: bool = False) -> Iteration:
         """Return this attack's one iteration on ``model`` as a pure function, to be compiled and handed to perturb."""
@@ -356,7 +367,8 @@ class PGD:
                     eps=eps,
                     fused=self.fused,
                 )
-                adv, seen = self._descend(model, iterate, adv, bounds, goal, set(checkpoints))
+                counters = Counters(seed=seed, epoch=epoch, sample_ids=ids, draw=self.first_draw + restart)
+                adv, seen = self._descend(model, iterate, adv, bounds, goal, set(checkpoints), counters)
                 if not judge:
                     if self.final_forward:
                         model(adv)
@@ -367,7 +379,14 @@ class PGD:
         return best
 
     def _descend(
-        self, model: Model, iterate: Iteration, adv: torch.Tensor, bounds: Bounds, goal: Goal, record: set[int]
+        self,
+        model: Model,
+        iterate: Iteration,
+        adv: torch.Tensor,
+        bounds: Bounds,
+        goal: Goal,
+        record: set[int],
+        counters: Counters,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Make the steps; return the last iterate and the logits at the recorded numbers of steps."""
         rule, ball = self._rule(), self.threat.ball
@@ -389,6 +408,12 @@ class PGD:
             if rule is not None:
                 grad = moved if self.loss_scale == 1.0 else moved / self.loss_scale
                 moved, state = rule.step(adv, grad, state, step_size=length, bounds=bounds, ball=ball)
+            elif self.step_noise:
+                many = adv[0].numel() if len(adv) else 0
+                drawn = counters.of_step(done, self.num_steps).normal(many, purpose=Purpose.STEP_NOISE)
+                noise = self.step_noise * drawn.to(adv.dtype).reshape(adv.shape)
+                ahead = adv + step_size * sign(moved, adv.dtype) + noise
+                moved = ball.project(ahead, bounds)
             if self.early_stop is not None:
                 wrong += predicted_classes(logits) != goal.labels
                 moving = (wrong < self.early_stop).view(-1, *([1] * (adv.dim() - 1)))

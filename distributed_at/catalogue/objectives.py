@@ -33,6 +33,7 @@ OBJECTIVES: Registry[ObjectiveFacts] = Registry(
         "pgd_at": "distributed_at.objectives.pgd_at:PgdAt",
         "trades": "distributed_at.objectives.trades:Trades",
         "mart": "distributed_at.objectives.mart:Mart",
+        "free_at": "distributed_at.objectives.free_at:FreeAt",
         "mixture": "distributed_at.objectives.mixture:Mixture",
     },
 )

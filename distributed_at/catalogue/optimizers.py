@@ -25,6 +25,8 @@ class Optimizer:
             the common fields stands in ``optimizer.options``.
         states: numbers that it keeps for each weight, for the estimates of ``plan``.
         states_without_momentum: the same where ``optimizer.momentum`` is 0; None = as many.
+        fields: those of ``optimizer`` that it reads and not every one does; None = it may read any (a plug-in's). What
+            an optimiser does not read may not be given, and is not inherited by it.
         nesterov: whether it has Nesterov's form.
         whole_parameters: it looks at a parameter as a whole, which ZeRO 1 and 2 cut into slices.
         backends: implementations that a recipe may choose.
@@ -34,6 +36,7 @@ class Optimizer:
     build: str | Build
     states: int
     states_without_momentum: int | None = None
+    fields: tuple[str, ...] | None = None
     nesterov: bool = False
     whole_parameters: bool = False
     backends: tuple[str, ...] = ("torch",)
@@ -60,6 +63,7 @@ OPTIMIZERS: Registry[Optimizer] = Registry(
             build=f"{_BUILD}:build_sgd",
             states=1,
             states_without_momentum=0,
+            fields=("momentum", "nesterov", "backend"),
             nesterov=True,
             backends=("torch", "apex"),
         ),
@@ -68,6 +72,7 @@ OPTIMIZERS: Registry[Optimizer] = Registry(
             build=f"{_BUILD}:build_sgd_gc",
             states=1,
             states_without_momentum=0,
+            fields=("momentum",),
             whole_parameters=True,
         ),
         "sgd_gcc": Optimizer(
@@ -75,11 +80,29 @@ OPTIMIZERS: Registry[Optimizer] = Registry(
             build=f"{_BUILD}:build_sgd_gcc",
             states=1,
             states_without_momentum=0,
+            fields=("momentum",),
             whole_parameters=True,
         ),
-        "rmsprop": Optimizer(title="RMSprop with momentum", build=f"{_BUILD}:build_rmsprop", states=2),
-        "rmsprop_tf": Optimizer(title="RMSProp in TensorFlow's form", build=f"{_BUILD}:build_rmsprop_tf", states=2),
-        "adam": Optimizer(title="Adam, weight decay in the gradient", build=f"{_BUILD}:build_adam", states=2),
-        "adamw": Optimizer(title="Adam, weight decay apart", build=f"{_BUILD}:build_adamw", states=2),
+        "rmsprop": Optimizer(
+            title="RMSprop with momentum",
+            build=f"{_BUILD}:build_rmsprop",
+            states=2,
+            fields=("momentum", "rmsprop_decay", "eps"),
+        ),
+        "rmsprop_tf": Optimizer(
+            title="RMSProp in TensorFlow's form",
+            build=f"{_BUILD}:build_rmsprop_tf",
+            states=2,
+            fields=("momentum", "rmsprop_decay", "eps"),
+        ),
+        "adam": Optimizer(
+            title="Adam, weight decay in the gradient",
+            build=f"{_BUILD}:build_adam",
+            states=2,
+            fields=("betas", "eps"),
+        ),
+        "adamw": Optimizer(
+            title="Adam, weight decay apart", build=f"{_BUILD}:build_adamw", states=2, fields=("betas", "eps")
+        ),
     },
 )

@@ -19,18 +19,29 @@ class Schedule:
         title: for pages and messages.
         rate: (step, *, schedule, base_lr, steps_per_epoch, num_steps) -> float, or "module:function": a pure function.
             What a plug-in's takes beyond the common fields stands in ``schedule.options``.
-        milestones: it drops at ``schedule.milestones``, which it needs and no other one may have.
+        fields: those of ``schedule`` that it reads and not every one does; None = it may read any (a plug-in's). What a
+            schedule does not read may not be given, and is not inherited by it.
+        needs: those of them that have no default.
+        height: of one that rises to a peak and falls: the same arguments -> share of the way up, 0 to 1, which
+            ``schedule.momentum_at_peak`` follows; or "module:function".
         changes_throughout: worth printing also in the middle of a stage.
     """
 
     title: str
     rate: str | Rate
-    milestones: bool = False
+    fields: tuple[str, ...] | None = None
+    needs: tuple[str, ...] = ()
+    height: str | Rate | None = None
     changes_throughout: bool = True
 
     def formula(self) -> Rate:
         """Return the function."""
         found: Rate = load_attribute(self.rate) if isinstance(self.rate, str) else self.rate
+        return found
+
+    def share_of_peak(self) -> Rate | None:
+        """Return how far up a cycle a step is, as a function; None where there is no peak."""
+        found: Rate | None = load_attribute(self.height) if isinstance(self.height, str) else self.height
         return found
 
 
@@ -65,13 +76,38 @@ SCHEDULES: Registry[Schedule] = Registry(
     field="schedule.name",
     entry=Schedule,
     builtin={
-        "constant": Schedule(title="one rate", rate=f"{_RATES}:constant", changes_throughout=False),
+        "constant": Schedule(title="one rate", rate=f"{_RATES}:constant", fields=(), changes_throughout=False),
         "piecewise": Schedule(
-            title="drops at milestones", rate=f"{_RATES}:piecewise", milestones=True, changes_throughout=False
+            title="drops at milestones",
+            rate=f"{_RATES}:piecewise",
+            fields=("milestones", "factor", "factors", "boundary"),
+            needs=("milestones",),
+            changes_throughout=False,
         ),
-        "cosine": Schedule(title="half a cosine", rate=f"{_RATES}:cosine"),
-        "cyclic": Schedule(title="one triangle (Wong et al. 2020)", rate=f"{_RATES}:cyclic"),
-        "exponential": Schedule(title="a staircase of equal drops", rate=f"{_RATES}:exponential"),
+        "points": Schedule(
+            title="straight lines between points",
+            rate=f"{_RATES}:points",
+            fields=("points", "boundary"),
+            needs=("points",),
+        ),
+        "cosine": Schedule(title="half a cosine", rate=f"{_RATES}:cosine", fields=("final_lr", "changes")),
+        "cyclic": Schedule(
+            title="one triangle (Wong et al. 2020)",
+            rate=f"{_RATES}:cyclic",
+            fields=("final_lr", "peak_epoch", "momentum_at_peak", "changes"),
+            height=f"{_RATES}:triangle",
+        ),
+        "onecycle": Schedule(
+            title="half a cosine up and one down (Smith & Topin 2018, as torch has it)",
+            rate=f"{_RATES}:onecycle",
+            fields=("final_lr", "peak_epoch", "start_divisor", "momentum_at_peak", "changes"),
+            height=f"{_RATES}:two_cosines",
+        ),
+        "exponential": Schedule(
+            title="equal factors at equal distances, in stairs or smoothly",
+            rate=f"{_RATES}:exponential",
+            fields=("factor", "decay_every", "staircase", "changes"),
+        ),
     },
 )
 

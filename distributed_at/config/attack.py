@@ -39,6 +39,12 @@ class AttackConfig(Strict):
         "[[5, 0.1]])",
     )
     update: Annotated[str, Choice(ATTACK_UPDATES)] = "steepest"
+    step_noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="standard deviation, [0, 1] units, of Gaussian noise that every step adds before it is projected (FAT's "
+        "code: omega, 0.001); for norm linf and update steepest",
+    )
     start: Annotated[str, Choice(ATTACK_STARTS)] = "uniform"
     start_std: float = Field(default=0.001, gt=0, description="of the 'gaussian' start, [0, 1] units (TRADES)")
     clip_start: bool = Field(default=True, description="clip the start to the pixel box; Xie's code and TRADES do not")
@@ -67,6 +73,10 @@ class AttackConfig(Strict):
     early_stop_epochs: tuple[float, ...] = Field(
         default=(), description="training epochs at which early_stop rises by one (40 / 70 in Pang et al., table 2)"
     )
+    early_stop_boundary: Literal["last_iteration", "after"] = Field(
+        default="last_iteration",
+        description="when it rises: one iteration before so many epochs are done (Pang et al.'s code), or once they are (FAT's)",
+    )
     bn_mode: BnMode = Field(
         default="eval",
         description="BN during the attack: running statistics, batch statistics, or batch statistics that also update the running ones",
@@ -93,6 +103,12 @@ class AttackConfig(Strict):
             raise ValueError("early_stop_epochs raise early_stop, which is null: write early_stop: 1")
         if list(self.early_stop_epochs) != sorted(set(self.early_stop_epochs)):
             raise ValueError(f"early_stop_epochs must rise, got {list(self.early_stop_epochs)}")
+        if self.early_stop_boundary != "last_iteration" and not self.early_stop_epochs:
+            raise ValueError("early_stop_boundary says when early_stop_epochs raise early_stop, and there are none")
+        if self.step_noise and (not ball.per_pixel or ATTACK_UPDATES[self.update].rule is not None):
+            raise ValueError(
+                f"step_noise belongs to steps of the sign: norm linf and update steepest, got {self.norm} and {self.update}"
+            )
         if ball.per_pixel and self.eps > 255:
             raise ValueError(f"eps is in /255 units, at most 255 for {self.norm}, got {self.eps:g}")
         refusal = loss.refuse(self.loss, targeted=ATTACK_TARGETS[self.target].targeted)

@@ -78,6 +78,27 @@ class Section:
         return config.model_validate(value)
 
 
+def read_by_some(registry: Registry[Any]) -> frozenset[str]:
+    """Return the fields of a section that some entries read and others do not, as the entries' ``fields`` say."""
+    return frozenset(field for name in registry.builtin for field in registry[name].fields)
+
+
+def unread(registry: Registry[Any], name: str) -> frozenset[str]:
+    """Return the fields of a section that the entry ``name`` does not read."""
+    own = registry[name].fields
+    return frozenset() if own is None else read_by_some(registry) - set(own)
+
+
+def refuse_unread(section: BaseModel, name: str, registry: Registry[Any]) -> None:
+    """Raise a ValueError where a section gives a value to a field that its entry ``name`` does not read."""
+    for field in sorted(unread(registry, name)):
+        if getattr(section, field) != type(section).model_fields[field].get_default(call_default_factory=True):
+            readers = [other for other in registry.builtin if field in registry[other].fields]
+            raise ValueError(
+                f"{field} is read by {registry.kind} {', '.join(readers)} alone, and this one is '{name}': remove {field}"
+            )
+
+
 def not_registered(
     registry: Registry[Any], value: Any, *, code: str = "literal_error", tag: str = "name"
 ) -> PydanticCustomError:

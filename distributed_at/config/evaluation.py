@@ -31,9 +31,9 @@ class EvaluationEntry(Strict):
     @model_validator(mode="after")
     def _nothing_of_training(self) -> EvaluationEntry:
         if self.attack is not None:
-            for name in ("eps_warmup_epochs", "early_stop_epochs"):
+            for name in ("eps_warmup_epochs", "early_stop_epochs", "step_noise"):
                 if getattr(self.attack, name):
-                    raise ValueError(f"attack.{name} belongs to training: an evaluation has no epochs")
+                    raise ValueError(f"attack.{name} belongs to training: remove it from an evaluation's attack")
         return self
 
     @classmethod

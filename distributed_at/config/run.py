@@ -86,6 +86,11 @@ class RunConfig(Strict):
             raise ValueError(
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} is not shorter than train.epochs {self.train.epochs:g}"
             )
+        if s.momentum_at_peak is not None and not (self.optimizer.reads("momentum") and self.optimizer.momentum):
+            raise ValueError(
+                "schedule.momentum_at_peak lets optimizer.momentum fall where the rate rises; optimizer.name "
+                f"'{self.optimizer.name}' has none here"
+            )
         if self.attack is not None and self.attack.branch == "clean" and not self.model.norm_facts.branches:
             raise ValueError(f"attack.branch 'clean' exists for model.norm {_named(_with_branches())} alone")
         if self.train.freeze_bn_from_epoch is not None and self.attack is not None and self.attack.bn_mode == "train":
@@ -109,6 +114,10 @@ class RunConfig(Strict):
             self.data.validation_size == 0 or not self.evaluation.validation
         ):
             raise ValueError("train.patience_epochs needs data.validation_size > 0 and evaluation.validation")
+        if self.train.stop_on_drop is not None and self.train.select != "best_validation":
+            raise ValueError(
+                "train.stop_on_drop keeps the weights from before the drop: it needs train.select: best_validation"
+            )
         if self.evaluation.validation and self.data.validation_size == 0:
             raise ValueError("evaluation.validation needs data.validation_size > 0: a held-out part of train")
         return self

@@ -10,8 +10,10 @@ from pydantic import Field, model_validator
 from distributed_at.catalogue.optimizers import OPTIMIZERS, Optimizer
 from distributed_at.catalogue.schedules import SCHEDULES, WARMUPS, Schedule
 from distributed_at.config.base import Branch, Strict
-from distributed_at.config.choice import Choice
+from distributed_at.config.choice import Choice, refuse_unread, unread
 from distributed_at.registry import Registry
+
+_EXAMPLES = {"milestones": "[100, 105]", "points": "[[0, 1], [100, 1], [110, 0]]"}
 
 
 class OptimizerConfig(Strict):
@@ -25,7 +27,9 @@ class OptimizerConfig(Strict):
         gt=0,
         description="lr holds for a batch of this size and scales linearly (256: Goyal et al.); null = as it stands",
     )
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    momentum: float = Field(
+        default=0.9, ge=0, lt=1, description="of sgd and rmsprop; schedule.momentum_at_peak lets it move"
+    )
     nesterov: bool = False
     weight_decay: float = Field(default=0.0, ge=0)
     weight_decay_rule: Literal["all", "no_norm_bias", "kernels"] = Field(
@@ -36,6 +40,12 @@ class OptimizerConfig(Strict):
     rmsprop_decay: float = Field(default=0.9, gt=0, lt=1)
     eps: float = Field(default=1e-8, gt=0, description="of rmsprop (1.0 in the ALP code) and adam")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of adam and adamw")
+    clip_norm: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest norm of the gradient of the whole batch over all weights together, before weight decay; a "
+        "longer one is scaled down to it; null = gradients are not clipped",
+    )
 
     @model_validator(mode="after")
     def _nesterov(self) -> OptimizerConfig:
@@ -47,8 +57,13 @@ class OptimizerConfig(Strict):
             raise ValueError(f"backend {self.backend} offers {having}, got {self.name}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas lie in [0, 1), got {list(self.betas)}")
+        refuse_unread(self, self.name, OPTIMIZERS)
         _no_options(self.name, self.options, OPTIMIZERS)
         return self
+
+    def reads(self, field: str) -> bool:
+        """Whether the optimiser reads a field that not every one does."""
+        return field not in unread(OPTIMIZERS, self.name)
 
     @property
     def facts(self) -> Optimizer:
@@ -64,16 +79,45 @@ class ScheduleConfig(Strict):
     milestones: tuple[float, ...] = Field(
         default=(), description="epochs after which the rate is multiplied by factor (piecewise)"
     )
-    factor: float = Field(default=0.1, gt=0, le=1)
-    boundary: Literal["after", "last_iteration", "counted_from_one"] = Field(
+    factor: float = Field(default=0.1, gt=0, le=1, description="of piecewise and exponential")
+    factors: tuple[float, ...] = Field(
+        default=(),
+        description="a factor for each milestone, on the rate before it, in place of factor (FAT's code: [0.1, 0.1, 0.5])",
+    )
+    boundary: Literal["after", "last_iteration", "counted_from_one", "after_warmup"] = Field(
         default="after",
         description="where a milestone of 100 drops: 'after' = 100 epochs are done; 'last_iteration' = one iteration before "
         "that (Pang et al.'s and Rice et al.'s codes); 'counted_from_one' = the epoch of that number begins, the first being 1, "
-        "so after 99 (the codes of TRADES, MART and FAT)",
+        "so after 99 (the codes of TRADES, MART and FAT); 'after_warmup' = 100 epochs after the end of warm-up (Gowal et al.'s "
+        "code). Points know the first two",
     )
-    final_lr: float = Field(default=0.0, ge=0, description="where cosine and cyclic end")
-    peak_epoch: float | None = Field(default=None, gt=0, description="peak of cyclic; null = the middle")
-    decay_every: float = Field(default=2.0, gt=0, description="epochs between two factors of exponential (staircase)")
+    points: tuple[tuple[float, float], ...] = Field(
+        default=(),
+        description="[[epoch, share of the rate], ...] with straight lines between; the same epoch twice is a jump to the later",
+    )
+    final_lr: float = Field(
+        default=0.0, ge=0, description="where cosine, cyclic and onecycle end; cyclic begins there too"
+    )
+    peak_epoch: float | None = Field(
+        default=None,
+        gt=0,
+        description="peak of cyclic, null = the middle; onecycle peaks in the last step (or epoch) of so many epochs, null = 30 % "
+        "of the run",
+    )
+    start_divisor: float = Field(default=25.0, ge=1, description="onecycle begins at so small a part of the rate")
+    momentum_at_peak: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="momentum at the peak of cyclic or onecycle, which it falls to from optimizer.momentum as the rate rises "
+        "(0.8 in Wong et al.'s code, from 0.9); null = momentum does not move",
+    )
+    decay_every: float = Field(default=2.0, gt=0, description="epochs between two factors of exponential")
+    staircase: bool = Field(default=True, description="exponential drops at once; false = smoothly, step by step")
+    changes: Literal["step", "epoch"] = Field(
+        default="step",
+        description="'epoch' = the formula is of whole epochs and its value stays for one; warm-up goes by steps in any case",
+    )
     warmup_epochs: float = Field(default=0.0, ge=0)
     warmup_start: float | None = Field(default=None, ge=0, description="rate at step 0 of a linear warm-up; null = 0")
     warmup_form: Annotated[str, Choice(WARMUPS)] = Field(
@@ -85,22 +129,53 @@ class ScheduleConfig(Strict):
         if self.warmup_start is not None and not WARMUPS[self.warmup_form].from_start:
             having = " or ".join(name for name in WARMUPS if WARMUPS[name].from_start)
             raise ValueError(f"warmup_start belongs to warmup_form {having}; this form is '{self.warmup_form}'")
+        refuse_unread(self, self.name, SCHEDULES)
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones must rise, got {list(self.milestones)}")
-        if self.facts.milestones and not self.milestones:
-            raise ValueError(f"schedule '{self.name}' needs milestones, e.g. milestones: [100, 105]")
-        if not self.facts.milestones and self.milestones:
-            having = " or ".join(f"'{name}'" for name in SCHEDULES if SCHEDULES[name].milestones)
-            raise ValueError(f"milestones belong to schedule {having}; this schedule is '{self.name}'")
+        for needed in self.facts.needs:
+            if not getattr(self, needed):
+                raise ValueError(f"schedule '{self.name}' needs {needed}, e.g. {needed}: {_EXAMPLES[needed]}")
+        if self.factors:
+            self._check_factors()
+        if self.points:
+            self._check_points()
+        if self.momentum_at_peak is not None and self.warmup_epochs:
+            raise ValueError(
+                "momentum_at_peak follows the rise of the cycle, in whose place warmup_epochs puts another"
+            )
         _no_options(self.name, self.options, SCHEDULES)
         return self
+
+    def _check_factors(self) -> None:
+        if len(self.factors) != len(self.milestones):
+            raise ValueError(f"factors are one for each of {len(self.milestones)} milestones, got {len(self.factors)}")
+        if self.factor != type(self).model_fields["factor"].default:
+            raise ValueError("factor and factors say the same twice: give one of them")
+        if any(not 0 < factor <= 1 for factor in self.factors):
+            raise ValueError(f"factors lie in (0, 1], got {list(self.factors)}")
+
+    def _check_points(self) -> None:
+        times = [epoch for epoch, _ in self.points]
+        if times[0] != 0 or times != sorted(times):
+            raise ValueError(f"points begin at epoch 0 and go on from there, got epochs {times}")
+        if any(share < 0 for _, share in self.points):
+            raise ValueError(f"points: shares of the rate are at least 0, got {[share for _, share in self.points]}")
+        if self.boundary not in ("after", "last_iteration"):
+            raise ValueError(f"points know boundary 'after' or 'last_iteration', got '{self.boundary}'")
 
     @property
     def drops(self) -> tuple[float, ...]:
         """Epochs that are done when each milestone drops the rate, up to the one iteration of 'last_iteration'."""
         if self.boundary == "counted_from_one":
             return tuple(math.ceil(milestone) - 1.0 for milestone in self.milestones)
+        if self.boundary == "after_warmup":
+            return tuple(milestone + self.warmup_epochs for milestone in self.milestones)
         return self.milestones
+
+    @property
+    def drop_factors(self) -> tuple[float, ...]:
+        """What each milestone multiplies the rate by."""
+        return self.factors or (self.factor,) * len(self.milestones)
 
     @property
     def facts(self) -> Schedule:
@@ -154,6 +229,13 @@ class TrainConfig(Strict):
     select: Literal["last", "best_validation"] = "last"
     patience_epochs: float | None = Field(
         default=None, gt=0, description="stop when held-out robust accuracy has not risen for this long"
+    )
+    stop_on_drop: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="stop where held-out robust accuracy falls by more than this share of all images between two looks, which is "
+        "how one-step training collapses (0.2 in Wong et al.'s code); the best weights before it are kept",
     )
     on_nonfinite: Literal["stop", "rollback"] = Field(
         default="stop",

@@ -26,6 +26,7 @@ class BatchPlan:
         group_free: True where the recipe leaves the group size to the machine (``bn_group_size: null``): it is then
             the micro-batch, and two world sizes are two different protocols.
         ranks_per_group: ranks that one batch-norm group spans (1 unless a share is smaller than a group).
+        keeps_places: an incomplete batch leaves each image on the rank that has its place in a full one.
     """
 
     batch_size: int
@@ -36,6 +37,7 @@ class BatchPlan:
     group_size: int
     group_free: bool
     ranks_per_group: int
+    keeps_places: bool = False
 
     @classmethod
     def resolve(
@@ -127,7 +129,8 @@ class BatchPlan:
 
         A full batch is cut into equal shares. The incomplete last batch of an epoch (``length`` < batch_size) keeps
         its groups: consecutive runs of ``group_size`` whatever the world size is, handed out whole and evenly, so a
-        rank may get nothing. Inside a group that spans ranks (or is free) the images are split evenly.
+        rank may get nothing. Inside a group that spans ranks (or is free) the images are split evenly. With
+        ``keeps_places`` the shares are those of a full batch, and the last ranks get less or nothing.
         """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside world size {self.world_size}")
@@ -135,6 +138,8 @@ class BatchPlan:
             return rank * self.share, (rank + 1) * self.share
         if not 0 < length < self.batch_size:
             raise ValueError(f"a batch holds 1 to {self.batch_size} images, got {length}")
+        if self.keeps_places:
+            return min(rank * self.share, length), min((rank + 1) * self.share, length)
         if self.group_free:
             return _even(length, self.world_size, rank)
         if self.ranks_per_group > 1:

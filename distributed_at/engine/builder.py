@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -40,7 +40,7 @@ from distributed_at.engine.twin.twin import Twin
 from distributed_at.float32 import allow_tf32
 from distributed_at.models import build_model, measure
 from distributed_at.models.norm import bn_layers, set_group_size, set_process_group
-from distributed_at.objectives import OBJECTIVES, Objective, ObjectiveContext, build_objective
+from distributed_at.objectives import ITSELF, OBJECTIVES, Objective, ObjectiveContext, build_objective
 
 
 @dataclass
@@ -79,8 +79,8 @@ class Parts:
                 twin.refresh()
 
     def start_step(self, step: int) -> None:
-        """Set what depends on the step number alone: the learning rate and the BN stage."""
-        self.engine.set_learning_rate(self.schedules.learning_rate(step))
+        """Set what depends on the step number alone: the learning rate, momentum and the BN stage."""
+        self.engine.set_learning_rate(self.schedules.learning_rate(step), self.schedules.momentum(step))
         freeze_from = self.config.train.freeze_bn_from_epoch
         if freeze_from is not None and not self.engine.frozen_bn and self.schedules.epoch(step) >= freeze_from:
             self.engine.freeze_bn()
@@ -228,32 +228,49 @@ def build_parts(
         new_network=lambda weights: _another_network(config, num_classes, source.image_size, weights, world, folder),
     )
     objective = build_objective(config.objective, context)
+    if objective.place_tensors():
+        plan = replace(plan, keeps_places=True)
+        if not config.train.drop_last:
+            plan.require_whole_groups(
+                f"objective '{config.objective.name}' keeps rows for places of an incomplete batch"
+            )
     set_groups(module, objective, plan)
     synchronise_groups(module, config, plan, world)
     optimizer = build_optimizer(config.optimizer, module, lr=schedules.learning_rate(0))
     module.train()
-    spare = copy.deepcopy(module) if config.attack is not None and needs.attack == "given" and wanted() else None
-    engine = TrainingEngine(module, optimizer, plan=plan, parallel=config.parallel, train=config.train, world=world)
+    given = config.attack is not None and needs.attack == "given"
+    spare = copy.deepcopy(module) if given and wanted() else None
+    engine = TrainingEngine(
+        module,
+        optimizer,
+        plan=plan,
+        parallel=config.parallel,
+        train=config.train,
+        world=world,
+        clip_norm=config.optimizer.clip_norm,
+    )
     attack = twin = iteration = twin_check = None
     views: dict[str, Twin] = {}
     view_checks: tuple[TwinCheck, ...] = ()
-    if config.attack is not None and needs.attack == "given":
-        attack = PGD.from_config(config.attack, num_classes=num_classes)
+    if config.attack is not None and (given or needs.itself):
         # after the engine exists: DeepSpeed may have moved the parameters' storage
         twin = Twin(
             engine.module, bn_mode=config.attack.bn_mode, branch=config.attack.branch, dtype=config.attack.dtype
         )
         if not plan.group_free:
             set_group_size(twin.module, plan.group_size)  # the attack's forwards hold adversarial images alone
+    if config.attack is not None and twin is not None and given:
+        attack = PGD.from_config(config.attack, num_classes=num_classes)
         iteration = build_iteration(config.attack, attack, twin, _attack_work(config, twin, plan, source, order, world))
         if spare is not None:
             group_size = None if plan.group_free else plan.group_size
             twin_check = TwinCheck(spare, engine.module, twin, config.attack, group_size)
     if config.attack is not None:
-        objective.views = views = {
+        views = {
             name: Twin(network, bn_mode="eval", branch=config.attack.branch, dtype=config.attack.dtype)
             for name, network in objective.networks().items()
         }
+        objective.views = {**views, **({ITSELF: twin} if twin is not None and needs.itself else {})}
         if wanted():
             in_eval = config.attack.model_copy(update={"bn_mode": "eval"})
             view_checks = tuple(

@@ -29,17 +29,17 @@ from distributed_at.models.norm import group_shares, set_bn_mode
 FORWARDS_A_STEP = 64  # of one sample; each draws masks of its own
 
 
-def deepspeed_config(plan: BatchPlan, parallel: ParallelConfig) -> dict[str, Any]:
+def deepspeed_config(plan: BatchPlan, parallel: ParallelConfig, clip_norm: float | None = None) -> dict[str, Any]:
     """Return DeepSpeed's JSON with every value that matters to the mathematics written out.
 
-    ``gradient_clipping`` has a silent default of 1.0, and unknown top-level keys are accepted silently; so nothing of
+    ``gradient_clipping`` has a silent default of 1.0 (0 = none), and unknown top-level keys are accepted silently; so nothing of
     a user's ever reaches this dictionary unchecked.
     """
     return {
         "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": 0.0,
+        "gradient_clipping": clip_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": parallel.zero_stage,
@@ -60,10 +60,13 @@ def deepspeed_config(plan: BatchPlan, parallel: ParallelConfig) -> dict[str, Any
 class SingleProcessEngine:
     """What one process needs of an engine where DeepSpeed is absent: the same calls, plain torch underneath."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int, clip_norm: float | None
+    ) -> None:
         self.module = module
         self.optimizer = optimizer
         self._accumulation = accumulation
+        self._clip_norm = clip_norm
         self._micro_step = 0
         self._step_applied = True
 
@@ -80,10 +83,12 @@ class SingleProcessEngine:
         self._micro_step += 1
         if self._micro_step % self._accumulation:
             return
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        weights = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         # as ZeRO 1 and 2: a non-finite gradient skips the step
-        self._step_applied = all(bool(torch.isfinite(g).all()) for g in gradients)
+        self._step_applied = all(bool(torch.isfinite(p.grad).all()) for p in weights if p.grad is not None)
         if self._step_applied:
+            if self._clip_norm is not None:
+                nn.utils.clip_grad_norm_(weights, self._clip_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -100,9 +105,11 @@ class TrainingEngine:
         parallel: ParallelConfig,
         train: TrainConfig,
         world: World,
+        clip_norm: float | None = None,
     ) -> None:
+        """``clip_norm``: largest norm of the whole batch's gradient, None = any."""
         self.world = world
-        self.engine = _wrap(module, optimizer, plan, parallel, world)
+        self.engine = _wrap(module, optimizer, plan, parallel, world, clip_norm)
         self.module: nn.Module = self.engine.module
         self.optimizer = self.engine.optimizer
         self.frozen_bn = False
@@ -156,9 +163,12 @@ class TrainingEngine:
         """Whether the last step moved the weights: ZeRO 1 and 2, and one process, skip a gradient that is not finite."""
         return bool(self.engine.was_step_applied())
 
-    def set_learning_rate(self, lr: float) -> None:
+    def set_learning_rate(self, lr: float, momentum: float | None = None) -> None:
+        """Set the rate of the next step, and its momentum where a schedule moves that."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            if momentum is not None:
+                group["momentum"] = momentum
 
     @contextlib.contextmanager
     def _bn(self, mode: Literal["train", "batch"]) -> Iterator[None]:
@@ -213,14 +223,19 @@ class TrainingEngine:
 
 
 def _wrap(
-    module: nn.Module, optimizer: torch.optim.Optimizer, plan: BatchPlan, parallel: ParallelConfig, world: World
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: BatchPlan,
+    parallel: ParallelConfig,
+    world: World,
+    clip_norm: float | None,
 ) -> Any:
     if not deepspeed_available():
         if world.world_size > 1:
             raise ConfigError(
                 f"{world.world_size} workers need DeepSpeed, which is not installed here: pip install deepspeed"
             )
-        return SingleProcessEngine(module, optimizer, plan.accumulation)
+        return SingleProcessEngine(module, optimizer, plan.accumulation, clip_norm)
     import deepspeed
     import deepspeed.ops
 
@@ -230,7 +245,10 @@ def _wrap(
         # Its shared-memory all-reduce serves inference alone, and building it would ask every user for a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_config(plan, parallel), dist_init_required=False
+        model=module,
+        optimizer=optimizer,
+        config=deepspeed_config(plan, parallel, clip_norm),
+        dist_init_required=False,
     )
     if world.device.type == "cpu" and world.world_size > 1:  # its group's ring meets while a lost rank is noticed
         dist.all_reduce(torch.zeros(1), group=engine.seq_data_parallel_group)

@@ -92,20 +92,27 @@ class Meters:
 
 
 class EarlyStopping:
-    """Follows held-out robust accuracy: the best so far, and whether patience has run out."""
+    """Follows held-out robust accuracy: the best so far, and whether patience has run out or accuracy has collapsed."""
 
     def __init__(self, train: TrainConfig, evaluation: EvaluationConfig) -> None:
         self._patience = train.patience_epochs
+        self._largest_drop = train.stop_on_drop
         # the last protocol in the list is the strongest one asked for, and the one that selects
         self._selects = bool(evaluation.validation)
         self.best: dict[str, Any] | None = None
         self.should_stop = False
+        self.collapse: tuple[float, float] | None = None  # accuracy before and after a drop that ends the run
+        self._before: float | None = None
 
     def update(self, step: int, results: Sequence[EvaluationResult], steps_per_epoch: int) -> bool:
         """Take a validation round; return whether it is the best so far."""
         if not self._selects or not results:
             return False
         result = results[-1]
+        before, self._before = self._before, result.accuracy
+        # Wong et al.'s code: after each epoch, PGD-5 on one batch, "drops by more than 0.2"
+        if before is not None and self._largest_drop is not None and before - result.accuracy > self._largest_drop:
+            self.collapse, self.should_stop = (before, result.accuracy), True
         if self.best is None or result.correct > self.best["correct"]:
             self.best = {
                 "step": step,
@@ -120,7 +127,8 @@ class EarlyStopping:
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "should_stop": self.should_stop}
+        return {"best": self.best, "should_stop": self.should_stop, "before": self._before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.should_stop = state["best"], state["should_stop"]
+        self._before = state.get("before")  # an earlier version kept none

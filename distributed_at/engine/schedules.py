@@ -35,8 +35,31 @@ def learning_rate(
         start = schedule.warmup_start or 0.0
         return start + (base_lr - start) * share
     return schedule.facts.formula()(
-        step, schedule=schedule, base_lr=base_lr, steps_per_epoch=steps_per_epoch, num_steps=num_steps
+        schedule=schedule, base_lr=base_lr, **_clock(step, schedule, steps_per_epoch, num_steps)
     )
+
+
+def momentum(
+    step: int, *, schedule: ScheduleConfig, base_momentum: float, steps_per_epoch: int, num_steps: int
+) -> float | None:
+    """Momentum of optimiser step ``step`` (from 0), which falls where the rate rises; None where it never moves.
+
+    torch's CyclicLR and OneCycleLR move it so unless they are told not to: Wong et al.'s code trains with 0.9, 0.8 at the
+    peak, 0.9, though their paper does not say it, and the port of Gowal et al.'s with 0.95, 0.85, 0.95.
+    """
+    height = schedule.facts.share_of_peak()
+    if schedule.momentum_at_peak is None or height is None:
+        return None
+    share = height(schedule=schedule, base_lr=1.0, **_clock(step, schedule, steps_per_epoch, num_steps))
+    return base_momentum + (schedule.momentum_at_peak - base_momentum) * share
+
+
+def _clock(step: int, schedule: ScheduleConfig, steps_per_epoch: int, num_steps: int) -> dict[str, int]:
+    """Return the three numbers of a step that a formula is of; for ``changes: epoch`` an epoch counts as one step."""
+    if schedule.changes == "epoch":
+        whole = math.ceil(num_steps / steps_per_epoch - _TOLERANCE)
+        return {"step": step // steps_per_epoch, "steps_per_epoch": 1, "num_steps": whole}
+    return {"step": step, "steps_per_epoch": steps_per_epoch, "num_steps": num_steps}
 
 
 def constant(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
@@ -45,13 +68,29 @@ def constant(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_e
 
 
 def piecewise(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
-    """Return the rate, multiplied by ``factor`` at each milestone."""
-    return base_lr * schedule.factor ** _drops(step, schedule, steps_per_epoch)
+    """Return the rate, multiplied at each milestone by ``factor``, or by the milestone's own of ``factors``."""
+    return base_lr * math.prod(schedule.drop_factors[: _drops(step, schedule, steps_per_epoch)])
+
+
+def points(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
+    """Return the rate on straight lines between ``points``, as it is from the last one on where that is passed.
+
+    With ``boundary: last_iteration`` the clock is that of Pang et al.'s and Rice et al.'s codes, (step + 1) / steps an
+    epoch; their 'linear', 'superconverge' and "lineardecay" are such lines.
+    """
+    epoch = (step + (schedule.boundary == "last_iteration")) / steps_per_epoch
+    passed = sum(at * steps_per_epoch <= epoch * steps_per_epoch + _TOLERANCE for at, _ in schedule.points)
+    begin, low = schedule.points[passed - 1]
+    if passed == len(schedule.points):
+        return base_lr * low
+    end, high = schedule.points[passed]
+    return base_lr * (low + (high - low) * max(0.0, epoch - begin) / (end - begin))
 
 
 def exponential(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
-    """Return the rate, multiplied by ``factor`` every ``decay_every`` epochs."""
-    return base_lr * schedule.factor ** math.floor(step / (schedule.decay_every * steps_per_epoch) + _TOLERANCE)
+    """Return the rate, multiplied by ``factor`` every ``decay_every`` epochs: in stairs, or smoothly between."""
+    intervals = step / (schedule.decay_every * steps_per_epoch)
+    return base_lr * schedule.factor ** (math.floor(intervals + _TOLERANCE) if schedule.staircase else intervals)
 
 
 def cosine(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
@@ -91,9 +130,38 @@ def _before(step: int, steps_per_epoch: int, epochs: float) -> bool:
 
 def cyclic(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
     """One triangle from ``final_lr`` up to the rate and back (Wong et al. 2020: 0 -> 0.2 -> 0)."""
+    height = triangle(step, schedule=schedule, base_lr=1.0, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+    return schedule.final_lr + (base_lr - schedule.final_lr) * height
+
+
+def triangle(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
+    """Return the share of the way up to the peak of ``cyclic``, on straight lines."""
     peak = num_steps / 2 if schedule.peak_epoch is None else schedule.peak_epoch * steps_per_epoch
     height = step / peak if step < peak else (num_steps - step) / max(1.0, num_steps - peak)
-    return schedule.final_lr + (base_lr - schedule.final_lr) * min(1.0, max(0.0, height))
+    return min(1.0, max(0.0, height))
+
+
+def onecycle(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
+    """From the rate / ``start_divisor`` on half a cosine up to the rate, and on another down to ``final_lr``.
+
+    As torch's OneCycleLR: the rate is reached in the last step of ``peak_epoch`` epochs, ``final_lr`` in the run's last.
+    """
+    low = base_lr / schedule.start_divisor if step < _peak(schedule, steps_per_epoch, num_steps) else schedule.final_lr
+    height = two_cosines(step, schedule=schedule, base_lr=1.0, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+    return low + (base_lr - low) * height
+
+
+def two_cosines(step: int, *, schedule: ScheduleConfig, base_lr: float, steps_per_epoch: int, num_steps: int) -> float:
+    """Return the share of the way up to the peak of ``onecycle``."""
+    peak, last = _peak(schedule, steps_per_epoch, num_steps), num_steps - 1
+    away = (peak - step) / peak if step < peak else (step - peak) / max(1.0, last - peak)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, away)))
+
+
+def _peak(schedule: ScheduleConfig, steps_per_epoch: int, num_steps: int) -> float:
+    """Return the step (from 0) in which ``onecycle`` reaches the rate."""
+    length = 0.3 * num_steps if schedule.peak_epoch is None else schedule.peak_epoch * steps_per_epoch
+    return max(0.0, length - 1.0)
 
 
 def eps_scale(step: int, *, attack: AttackConfig, steps_per_epoch: int) -> float:
@@ -110,6 +178,7 @@ class Schedules:
         steps_per_epoch: optimiser steps of one epoch.
         num_steps: optimiser steps of the run.
         base_lr: rate after warm-up and batch scaling.
+        base_momentum: momentum where no cycle moves it.
     """
 
     schedule: ScheduleConfig
@@ -117,6 +186,7 @@ class Schedules:
     base_lr: float
     steps_per_epoch: int
     num_steps: int
+    base_momentum: float = 0.0
 
     @classmethod
     def from_config(cls, config: RunConfig, steps_per_epoch: int) -> Schedules:
@@ -127,6 +197,7 @@ class Schedules:
             base_lr=base_learning_rate(config.optimizer, config.train.batch_size),
             steps_per_epoch=steps_per_epoch,
             num_steps=total_steps(config.train.epochs, steps_per_epoch),
+            base_momentum=config.optimizer.momentum,
         )
 
     def learning_rate(self, step: int) -> float:
@@ -135,6 +206,16 @@ class Schedules:
             step,
             schedule=self.schedule,
             base_lr=self.base_lr,
+            steps_per_epoch=self.steps_per_epoch,
+            num_steps=self.num_steps,
+        )
+
+    def momentum(self, step: int) -> float | None:
+        """Momentum of optimiser step ``step``; None where no cycle moves it."""
+        return momentum(
+            step,
+            schedule=self.schedule,
+            base_momentum=self.base_momentum,
             steps_per_epoch=self.steps_per_epoch,
             num_steps=self.num_steps,
         )
@@ -148,11 +229,11 @@ class Schedules:
     def early_stop(self, step: int) -> int | None:
         """Misclassifications that stop the attack on an image at step ``step``; None = it is never stopped.
 
-        The clock is that of Pang et al.'s code, (step + 1) / steps an epoch, as for their rates.
+        The clock of 'last_iteration' is that of Pang et al.'s code, (step + 1) / steps an epoch, as for their rates.
         """
         if self.attack is None or self.attack.early_stop is None:
             return None
-        clock = step + 1 + _TOLERANCE
+        clock = step + (self.attack.early_stop_boundary == "last_iteration") + _TOLERANCE
         return self.attack.early_stop + sum(clock >= e * self.steps_per_epoch for e in self.attack.early_stop_epochs)
 
     def epoch(self, step: int) -> float:
@@ -167,7 +248,7 @@ class Schedules:
     def key_steps(self) -> list[int]:
         """Steps at which the rate is worth printing: the first, the end of warm-up, around each drop, the last."""
         steps = {0, self.warmup_steps, self.num_steps - 1}
-        for done in self.schedule.drops:
+        for done in (*self.schedule.drops, *(epoch for epoch, _ in self.schedule.points)):
             first = math.ceil(done * self.steps_per_epoch - _TOLERANCE)
             steps |= {first - 2, first - 1, first}
         if self.schedule.facts.changes_throughout:

@@ -288,6 +288,7 @@ class Trainer:
             "train",
             **values,
             lr=p.schedules.learning_rate(step),
+            **({} if (momentum := p.schedules.momentum(step)) is None else {"momentum": momentum}),
             eps=p.schedules.eps(step) if self.config.attack is not None else 0.0,
             images_per_second=images / max(wall, 1e-9),
             seconds=seconds,
@@ -325,6 +326,14 @@ class Trainer:
         improved = self.early.update(self.state.step, results, steps_per_epoch)
         if improved:
             self._checkpoints.mark_best(self.early.best)
+        if self.early.collapse is not None:
+            before, after = self.early.collapse
+            self._event(
+                "warning",
+                code="collapse",
+                message=f"held-out robust accuracy fell from {before:.1%} to {after:.1%}, more than train.stop_on_drop "
+                f"{self.config.train.stop_on_drop:g} allows: training stops, and the best weights before it stand",
+            )
 
     def _event(self, kind: str, **fields: object) -> None:
         if self._events is not None:

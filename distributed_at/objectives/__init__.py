@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from distributed_at.catalogue import objectives as catalogue
 from distributed_at.config.objective import ObjectiveSection
 from distributed_at.objectives.base import (
+    ITSELF,
     BranchName,
     Forward,
     Needs,
@@ -48,6 +49,7 @@ def recorded_objective(section: Mapping[str, Any]) -> tuple[type[Objective], Obj
 
 
 __all__ = [
+    "ITSELF",
     "OBJECTIVES",
     "BranchName",
     "Forward",

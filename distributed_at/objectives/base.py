@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from distributed_at.config.objective import ObjectiveSection
 
 BranchName = Literal["clean", "adv"]
+ITSELF = "itself"  # among ``Objective.views``: the network that is trained
 
 
 class Forward(Protocol):
@@ -104,6 +105,7 @@ class Needs:
         networks: names of the networks that it keeps beside the one that is trained.
         gradients: ``before_step`` reads or changes the weights' gradients.
         state: it keeps numbers or tensors from one step to the next.
+        itself: ``views`` hold the trained network as the recipe's attack would see it, for gradients to images.
         repeats: how many steps in a row a batch is used for. Each is an optimiser step of its own; an epoch still reads
             every image once, and so has ``repeats`` times as many steps.
     """
@@ -113,6 +115,7 @@ class Needs:
     networks: tuple[str, ...] = ()
     gradients: bool = False
     state: bool = False
+    itself: bool = False
     repeats: int = 1
 
 
@@ -165,7 +168,7 @@ class Objective:
         branches: kinds of images that its loss sees, which are the norm branches that it trains.
         attack_losses: losses measured from the clean prediction that its attack may maximise. Losses of labels alone go
             with every objective.
-        views: name of one of ``networks`` -> images in [0, 1] to logits float32, for gradients to the images: set by the
+        views: name of one of ``networks``, and ``ITSELF`` where ``needs`` asks for it -> images in [0, 1] to logits float32, for gradients to the images: set by the
             engine where there is an attack, and up to date whenever the objective is called.
     """
 
@@ -260,7 +263,8 @@ class Objective:
 
         Row i belongs to the i-th place of this rank's share of a step's batch, whichever image stands there: what
         "free" adversarial training keeps of its perturbation (Shafahi et al. 2019, algorithm 1). A micro-batch begins
-        at row ``Batch.place``. A resume writes into these tensors, at any world size.
+        at row ``Batch.place``. An incomplete last batch fills the first places of the whole batch, at any world size. A
+        resume writes into these tensors, at any world size.
         """
         return {}
 

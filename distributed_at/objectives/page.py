@@ -28,7 +28,8 @@ An objective declares what it needs, and the step gives it that (`distributed_at
 | something between backward and the optimiser's step | `before_step(...)`; to see the weights' gradients, `needs`: `gradients` (ZeRO stage 0) |
 | a batch for m steps in a row | `needs`: `repeats`; each is an optimiser step, and an epoch has m times as many |
 | a frozen teacher, a companion, a source of transfer | `networks()`; for attacks, their `views` |
-| numbers that the next step needs; a row for each place of the batch | `state_dict()`, `place_tensors()` |
+| numbers that the next step needs; a row for each place of the batch | `needs`: `state`; `state_dict()`, `place_tensors()` |
+| the trained network in the attack's BN mode, for gradients to images | `needs`: `itself`; `views["itself"]` |
 | whole BN groups on one rank | `needs`: `whole_groups` |
 
 All of it is saved and resumed bitwise. `Batch` says where an image comes from (`origin`), which use of the batch a step is

@@ -7,7 +7,7 @@ import torch
 from distributed_at.batch import Batch
 from distributed_at.config.objective import ObjectiveSection
 from distributed_at.objectives import Objective
-from tests.conformance.networks import CLASSES, ids, images, labels, network
+from tests.conformance.networks import CLASSES, SHAPE, ids, images, labels, network
 from tests.conformance.product import Product
 
 
@@ -53,6 +53,11 @@ def build(
     num_classes: int = CLASSES,
 ) -> Objective:
     context = product.objectives.ObjectiveContext(
-        num_classes=num_classes, seed=0, shared_statistics=norm == "bn", attack_branch=attack_branch
+        num_classes=num_classes,
+        seed=0,
+        shared_statistics=norm == "bn",
+        attack_branch=attack_branch,
+        places=64,
+        image_size=SHAPE[-1],
     )
     return product.objectives.build_objective(config, context)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distributed_at.objectives import Objective, ObjectiveContext, Passes
+from distributed_at.objectives import ITSELF, Objective, ObjectiveContext, Passes
 from tests.conformance.kit import Recorder, batch_of
 from tests.conformance.networks import CLASSES
 
@@ -47,10 +47,15 @@ def counted(objective: type[Objective], fields: dict[str, Any], *, shared_statis
     """Return the passes that one step makes for an image, as counted."""
     section = objective.Config(**fields)
     batch, adv = batch_of(20, group=10)
-    context = ObjectiveContext(num_classes=CLASSES, seed=0, shared_statistics=shared_statistics)
-    built, recorder = objective(section, context), Recorder()
+    needs, size = objective.needs(section), batch.images.shape[-1]
+    context = ObjectiveContext(
+        num_classes=CLASSES, seed=0, shared_statistics=shared_statistics, places=len(batch), image_size=size
+    )
+    built, recorder, looks = objective(section, context), Recorder(), []
+    if needs.itself:
+        built.views = {ITSELF: lambda x: looks.append(x) or recorder.model(x)}
     batch = built.prepare(batch)
-    terms = built.loss(recorder, batch, adv if objective.needs(section).attack == "given" else None)
+    terms = built.loss(recorder, batch, adv if needs.attack == "given" else None)
     with_graph = [call for call in recorder.calls if call["grad"]]
     gradients = torch.autograd.grad(terms.loss, [call["logits"] for call in with_graph], allow_unused=True)
     trains = {id(call) for call, gradient in zip(with_graph, gradients, strict=True) if gradient is not None}
@@ -58,13 +63,15 @@ def counted(objective: type[Objective], fields: dict[str, Any], *, shared_statis
     trained: dict[str, float] = {}
     watched, moving = 0.0, []
     for call in recorder.calls:
-        if call["bn"] == "train":
+        if call["bn"] == "train" and needs.attack == "own":  # they are the clean ones before it moved them first
+            moving.append(call["branch"])
+        elif call["bn"] == "train":
             moving += [kind for kind, own in (("clean", batch.images), ("adv", adv)) if _among(call["x"], own)]
         if id(call) in trains:
             trained[call["branch"]] = trained.get(call["branch"], 0.0) + len(call["x"]) / len(batch)
         else:
             watched += len(call["x"]) / len(batch)
-    return Passes(trained=trained, moving=tuple(moving), watched=watched)
+    return Passes(trained=trained, moving=tuple(moving), watched=watched, attacked=len(looks))
 
 
 def _among(shown: torch.Tensor, images: torch.Tensor) -> bool:

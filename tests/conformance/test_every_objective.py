@@ -40,6 +40,7 @@ def test_declared_passes_are_the_counted_ones(name: str, fields: dict, shared: b
     found = counted(objective, fields, shared_statistics=shared)
     assert passes.total_trained == pytest.approx(found.total_trained)
     assert passes.watched == pytest.approx(found.watched)
+    assert passes.attacked == found.attacked
     assert passes.moving == found.moving
     if not shared:  # with one norm for both, a joint forward goes by one name
         assert {k: v for k, v in passes.trained.items() if v} == pytest.approx(dict(found.trained))

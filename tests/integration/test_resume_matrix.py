@@ -24,7 +24,7 @@ from distributed_at.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from distributed_at.objectives import OBJECTIVES, Forward, ObjectiveContext, Terms
 from distributed_at.objectives.pgd_at import PgdAt
 from distributed_at.recipes import load_recipe
-from tests.conformance.objectives import settings_of
+from tests.conformance.objectives import settings_of, words_of
 from tests.training_kit import RECIPE, TINY, state_digest, train, training_rows
 
 STOP_AT = 4  # of 9 steps, 3 an epoch: the second step of the second epoch is never begun
@@ -32,7 +32,11 @@ NORMS = tuple(sorted(NORM_REGISTRY.builtin))
 OPTIMIZERS, SCHEDULES = OPTIMIZER_REGISTRY.builtin, SCHEDULE_REGISTRY.builtin
 
 # What an entry of a registry needs beside its name; most need nothing.
-SCHEDULE_NEEDS = {"piecewise": ["schedule.milestones=[1.4,2]"], "exponential": ["schedule.decay_every=0.5"]}
+SCHEDULE_NEEDS = {
+    "piecewise": ["schedule.milestones=[1.4,2]"],
+    "exponential": ["schedule.decay_every=0.5"],
+    "points": ["schedule.points=[[0,1],[3,0]]"],
+}
 RATES = {"adam": "0.01", "adamw": "0.01", "rmsprop": "0.001", "rmsprop_tf": "0.001"}
 FEATURES = {
     "none": [],
@@ -47,6 +51,9 @@ FEATURES = {
     "attack_moves_statistics": ["attack.bn_mode=train"],
     "augmentation": ["data.augment={crop: pad, pad: 1, flip: true}"],
     "nesterov_no_decay_on_norms": ["optimizer.nesterov=true", "optimizer.weight_decay_rule=no_norm_bias"],
+    "momentum_moves": ["schedule={name: cyclic, warmup_epochs: 0, momentum_at_peak: 0.8}"],
+    "clipped": ["optimizer.clip_norm=0.1"],
+    "noisy_steps": ["attack.step_noise=0.01"],
     "rows_across_the_stop": ["log.every_steps=3"],
     "two_clean_updates": ["objective.bn_clean_updates_per_step=2"],
     "early_stopping": [
@@ -81,7 +88,8 @@ def objective_needs(name: str) -> list[str]:
     """Return what an objective needs beside its name: the first of its settings, and no attack where it sees none."""
     fields = settings_of(name)[0]
     attack = OBJECTIVES[name].needs(OBJECTIVES[name].Config(**fields)).attack
-    return [*(f"objective.{key}={value}" for key, value in fields.items()), *(["attack=null"] * (attack == "none"))]
+    own = [*(f"objective.{key}={value}" for key, value in fields.items()), *words_of(name)]
+    return [*own, *(["attack=null"] * (attack == "none"))]
 
 
 def overrides(case: Case) -> list[str]:

@@ -113,8 +113,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "every step has the rate of the step before",
         "engine/builder.py",
-        "self.schedules.learning_rate(step))",
-        "self.schedules.learning_rate(max(step - 1, 0)))",
+        "self.schedules.learning_rate(step), self",
+        "self.schedules.learning_rate(max(step - 1, 0)), self",
         _RUN + "[pgd_at-1x1]",
     ),
     Mutation(
@@ -267,8 +267,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "gradients are clipped at norm 1",
         "engine/parallel.py",
-        '"gradient_clipping": 0.0',
-        '"gradient_clipping": 1.0',
+        '"gradient_clipping": clip_norm or 0.0',
+        '"gradient_clipping": clip_norm or 1.0',
         _RUN + "[intriguing-properties-1x1]",
     ),
     Mutation(

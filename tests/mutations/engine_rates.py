@@ -3,6 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 _RUN = "tests/reference/test_reference_run.py::test_product_trains_what_the_reference_trains"
+_CODES = "tests/unit/test_schedules_of_codes.py::"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -15,8 +16,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the two readings of a milestone are swapped",
         "engine/schedules.py",
-        'schedule.boundary == "last_iteration"',
-        'schedule.boundary == "after"',
+        'shift = 1 if schedule.boundary == "last_iteration"',
+        'shift = 1 if schedule.boundary == "after"',
         _RUN + "[bag-of-tricks-1x1]",
     ),
     Mutation(
@@ -50,8 +51,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the staircase of the rate steps down half an interval early",
         "engine/schedules.py",
-        "math.floor(step / (schedule.decay_every * steps_per_epoch) + _TOLERANCE)",
-        "round(step / (schedule.decay_every * steps_per_epoch) + _TOLERANCE)",
+        "math.floor(intervals + _TOLERANCE)",
+        "round(intervals + _TOLERANCE)",
         _RUN + "[trades-1x1]",
     ),
     Mutation(
@@ -141,9 +142,135 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the tolerance of early-stopped PGD rises a step late",
         "engine/schedules.py",
-        "clock = step + 1 + _TOLERANCE",
-        "clock = step + _TOLERANCE",
+        'clock = step + (self.attack.early_stop_boundary == "last_iteration")',
+        "clock = step",
         "tests/unit/test_schedules.py::test_tolerance_of_early_stopped_pgd_rises_by_the_codes_clock",
+    ),
+    Mutation(
+        "momentum rises with the rate",
+        "engine/schedules.py",
+        "base_momentum + (schedule.momentum_at_peak - base_momentum) * share",
+        "schedule.momentum_at_peak + (base_momentum - schedule.momentum_at_peak) * share",
+        (_CODES + "test_cyclic_moves_rate_and_momentum_as_wong_et_als_code_does", _RUN + "[fast-1x1]"),
+    ),
+    Mutation(
+        "momentum does not reach the optimiser",
+        "engine/parallel.py",
+        'group["momentum"] = momentum',
+        'group["momentum_of_the_step"] = momentum',
+        _RUN + "[fast-1x1]",
+    ),
+    Mutation(
+        "every milestone has the factor of the first",
+        "config/training.py",
+        "return self.factors or (self.factor,)",
+        "return self.factors[:1] * len(self.factors) or (self.factor,)",
+        (_CODES + "test_fats_last_drop_is_to_half", _RUN + "[friendly-as-its-code-1x1]"),
+    ),
+    Mutation(
+        "milestones after warm-up count from the start",
+        "config/training.py",
+        "tuple(milestone + self.warmup_epochs for milestone in self.milestones)",
+        "tuple(milestone for milestone in self.milestones)",
+        (_CODES + "test_gowal_et_als_schedules_count_after_warm_up", _RUN + "[friendly-as-its-code-1x1]"),
+    ),
+    Mutation(
+        "lines between points end a step late",
+        "engine/schedules.py",
+        'epoch = (step + (schedule.boundary == "last_iteration")) / steps_per_epoch',
+        "epoch = step / steps_per_epoch",
+        (_CODES + "test_points_are_numpys_interp_on_pang_et_als_clock", _RUN + "[lines-down-1x1]"),
+    ),
+    Mutation(
+        "the one cycle peaks a step late",
+        "engine/schedules.py",
+        "return max(0.0, length - 1.0)",
+        "return max(0.0, length)",
+        (_CODES + "test_onecycle_by_steps_is_torchs", _RUN + "[one-cycle-1x1]"),
+    ),
+    Mutation(
+        "what changes by epochs goes by steps",
+        "engine/schedules.py",
+        'if schedule.changes == "epoch":',
+        'if schedule.changes == "epochs":',
+        (_CODES + "test_onecycle_by_epochs_is_that_of_the_port_of_gowal_et_als_code", _RUN + "[one-cycle-1x1]"),
+    ),
+    Mutation(
+        "the smooth exponential falls in stairs",
+        "engine/schedules.py",
+        "if schedule.staircase else intervals",
+        "if schedule.staircase else math.floor(intervals)",
+        (_CODES + "test_exponential_in_stairs_by_epoch_or_smoothly", _RUN + "[other-betas-1x1]"),
+    ),
+    Mutation(
+        "one process clips each micro-batch's gradient, or none",
+        "engine/parallel.py",
+        "if self._clip_norm is not None:",
+        "if self._clip_norm is None:",
+        _RUN + "[clipped-without-DeepSpeed-1x2]",
+    ),
+    Mutation(
+        "DeepSpeed is not told of the longest gradient",
+        "engine/builder.py",
+        "clip_norm=config.optimizer.clip_norm,",
+        "clip_norm=None,",
+        _RUN + "[clipped-1x1]",
+    ),
+    Mutation(
+        "a row inherits what its schedule does not read",
+        "recipe_sections.py",
+        "if field not in dropped}",
+        "if field not in ()}",
+        _CODES + "test_what_the_new_entry_does_not_read_is_not_inherited",
+    ),
+    Mutation(
+        "what an optimiser does not read is ignored",
+        "config/training.py",
+        "        refuse_unread(self, self.name, OPTIMIZERS)\n",
+        "",
+        _CODES + "test_what_an_optimiser_does_not_read_is_refused",
+    ),
+    Mutation(
+        "an incomplete batch moves to other places on two ranks",
+        "engine/builder.py",
+        "plan = replace(plan, keeps_places=True)",
+        "plan = replace(plan, keeps_places=False)",
+        _RUN + "[free-2x1]",
+    ),
+    Mutation(
+        "a batch that is replayed is looked at in another mode than the recipe's",
+        "engine/builder.py",
+        "({ITSELF: twin} if twin is not None and needs.itself else {})",
+        "({ITSELF: engine.module} if twin is not None and needs.itself else {})",
+        _RUN + "[free-as-its-code-1x1]",
+    ),
+    Mutation(
+        "all steps of an attack share their noise",
+        "attacks/counters.py",
+        "draw=self.draw * num_steps + step)",
+        "draw=self.draw * num_steps)",
+        _RUN + "[friendly-as-its-code-1x1]",
+    ),
+    Mutation(
+        "noise of a step is added after it was projected",
+        "attacks/pgd.py",
+        "moved = ball.project(ahead, bounds)",
+        "moved = ball.project(ahead - noise, bounds) + noise",
+        _RUN + "[friendly-as-its-code-1x1]",
+    ),
+    Mutation(
+        "a collapse is measured from the best round",
+        "engine/progress.py",
+        "before, self._before = self._before, result.accuracy",
+        "before, self._before = self._before, max(self._before or 0.0, result.accuracy)",
+        "tests/unit/test_progress.py::test_a_fall_between_two_rounds_ends_the_run_and_the_best_before_it_stays",
+    ),
+    Mutation(
+        "a fall over a restart is not seen",
+        "engine/progress.py",
+        'self._before = state.get("before")',
+        "self._before = None",
+        "tests/unit/test_progress.py::test_a_fall_over_a_restart_is_seen",
     ),
     Mutation(
         "the attack keeps its first tolerance",

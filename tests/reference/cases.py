@@ -152,7 +152,61 @@ CASES: dict[str, Case] = {
         ),
         worlds=((1, 1), (2, 2)),
     ),
-    "other betas": Case(("optimizer={name: adam, lr: 0.01, eps: 1e-3, betas: [0.5, 0.95]}",), worlds=((1, 1),)),
+    "other betas": Case(
+        (
+            "optimizer={name: adam, lr: 0.01, eps: 1e-3, betas: [0.5, 0.95]}",
+            "schedule={name: exponential, factor: 0.4, decay_every: 0.9, staircase: false}",
+        ),
+        worlds=((1, 1),),
+    ),
+    "friendly as its code": Case(
+        (
+            "attack={num_steps: 4, step_noise: 0.02, early_stop: 1, early_stop_epochs: [0.6, 1.4]}",
+            "attack.early_stop_boundary=after",
+            "schedule={name: piecewise, milestones: [0.4, 1.1], factors: [0.5, 0.2], boundary: after_warmup, warmup_epochs: 0.5}",
+        ),
+        worlds=((1, 1), (2, 2)),
+    ),
+    "fast": Case(
+        (
+            "attack={num_steps: 1, step_size: 63.75, bn_mode: train}",
+            "schedule={name: cyclic, momentum_at_peak: 0.8}",
+        ),
+        worlds=((1, 1), (2, 1)),
+    ),
+    "one cycle": Case(
+        (
+            "schedule={name: onecycle, peak_epoch: 2, start_divisor: 10, final_lr: 1e-3, momentum_at_peak: 0.8, changes: epoch}",
+            "optimizer.momentum=0.95",
+            "train.epochs=4",
+        ),
+        worlds=((1, 1),),
+    ),
+    "lines down": Case(
+        ("schedule={name: points, points: [[0, 1], [0.9, 1], [0.9, 0.1], [1.8, 0]], boundary: last_iteration}",),
+        worlds=((1, 1),),
+    ),
+    "clipped": Case(("optimizer.clip_norm=0.5",), worlds=((1, 1), (2, 2))),
+    "clipped at ZeRO 0": Case(("optimizer.clip_norm=0.5", "parallel.zero_stage=0"), worlds=((1, 2), (2, 1))),
+    "clipped without DeepSpeed": Case(("optimizer.clip_norm=0.5",), worlds=((1, 2),), deepspeed=False),
+    "free": Case(
+        (
+            "objective={name: free_at, replays: 2, label_smoothing: 0.1, label_smoothing_form: other_classes}",
+            "attack={num_steps: 1, step_size: 51, start: zero, bn_mode: train, eps_warmup_epochs: 0.6}",
+            "schedule={name: cyclic, momentum_at_peak: 0.8}",
+            "data.limit_train=65",  # a last batch of two whole groups and a half, of which a rank has none
+            "train.drop_last=false",
+            "optimizer.lr=0.05",
+        )
+    ),
+    "free as its code": Case(
+        (
+            "objective={name: free_at, replays: 3, box: images, gradient: own_pass}",
+            "attack={num_steps: 1, step_size: 30, start: zero}",
+            "optimizer.lr=0.05",
+        ),
+        worlds=((1, 1), (2, 2)),
+    ),
     "friendly": Case(
         ("attack={num_steps: 5, early_stop: 1, early_stop_epochs: [0.6, 1.4]}", "objective.bn_clean_updates_per_step=2")
     ),

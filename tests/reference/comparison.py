@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-KINDS = {"model": "weights", "optimizer": "optimiser", "ema": "average", "buffer": "statistics"}
+KINDS = {
+    "model": "weights",
+    "optimizer": "optimiser",
+    "ema": "average",
+    "buffer": "statistics",
+    "objective": "objective",
+}
 
 
 def tensors_apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, tuple[float, str]]:

@@ -33,6 +33,7 @@ EXCUSED = {
     "train.deterministic": "chooses kernels",
     "train.select": "chooses among checkpoints",
     "train.patience_epochs": "ends a run early",
+    "train.stop_on_drop": "ends a run early",
     "train.on_nonfinite": "of numbers that are not finite",
     "train.max_nonfinite_steps": "of numbers that are not finite",
     "train.spike_factor": "of losses that jump",

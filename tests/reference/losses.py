@@ -18,12 +18,17 @@ Network = Callable[[Tensor, str, str], Tensor]
 
 @dataclass
 class Outcome:
-    """Of one group: the loss, its parts by name, how many images each branch got right, and how many were clean."""
+    """Of one group: the loss, its parts by name, how many images each branch got right, and how many were clean.
+
+    ``delta``: the perturbation shown, where it is to move by the loss's gradient; ``climb``: where it has one of its own.
+    """
 
     loss: Tensor
     terms: dict[str, Tensor]
     correct: dict[str, int]
     clean: int | None = None  # of a mixture
+    delta: Tensor | None = None
+    climb: Tensor | None = None
 
 
 def cross_entropy(logits: Tensor, y: Tensor, section: dict) -> Tensor:
@@ -121,4 +126,26 @@ def mixture(
     return Outcome(loss, terms, {"adv": _right(moved, y), "clean": _right(clean, y[kept])}, count)
 
 
-LOSSES = {"standard": standard, "pgd_at": pgd_at, "trades": trades, "mart": mart, "mixture": mixture}
+def free_at(
+    network: Network, x: Tensor, adv: Tensor | None, y: Tensor, section: dict, *,
+    branch: str, delta: Tensor, attack_bn: str, **_: object,
+) -> Outcome:  # fmt: skip
+    """Shafahi et al. 2019, algorithm 1: the loss at the perturbation that the place holds."""
+    delta = delta.clone().requires_grad_()
+    shown = x + delta
+    if section["box"] == "images":  # Shafahi et al.'s code: tf.clip_by_value, whose gradient is 0 beyond the box alone
+        beyond = (shown < 0) | (shown > 1)
+        shown = shown.masked_fill(shown < 0, 0.0).masked_fill(shown > 1, 1.0) if beyond.any() else shown
+    climb = None
+    if section["gradient"] == "own_pass":
+        logits = network(shown, branch, attack_bn)
+        (climb,) = torch.autograd.grad(F.cross_entropy(logits, y), delta)
+        shown = shown.detach()
+    logits = network(shown, branch, "train")
+    loss = cross_entropy(logits, y, section).mean()
+    return Outcome(loss, {"adv_loss": loss}, {"adv": _right(logits, y)}, delta=delta, climb=climb)
+
+
+LOSSES = {
+    "standard": standard, "pgd_at": pgd_at, "trades": trades, "mart": mart, "mixture": mixture, "free_at": free_at,
+}  # fmt: skip

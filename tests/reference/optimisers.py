@@ -32,10 +32,10 @@ class Optimiser:
             raise NotImplementedError(f"the reference knows no rule {rule!r} of weight decay")
         return self.section["weight_decay"] if rule == "all" or kernel else 0.0
 
-    def move(self, name: str, weight: Tensor, gradient: Tensor, lr: float) -> Tensor:
-        """Return the parameter after a step."""
+    def move(self, name: str, weight: Tensor, gradient: Tensor, lr: float, momentum: float | None = None) -> Tensor:
+        """Return the parameter after a step; ``momentum`` where a schedule moves it."""
         section, state, wd = self.section, self.state[name], self.decay(name, weight)
-        kind, mu = section["name"], section["momentum"]
+        kind, mu = section["name"], section["momentum"] if momentum is None else momentum
         if kind == "adamw":  # Loshchilov & Hutter 2019: decay beside the gradient, not in it
             weight = weight * (1 - lr * wd)
         else:

@@ -56,7 +56,12 @@ def perturb(
                 move = mean / (1 - 0.9 ** (done + 1)) / scale
             else:
                 move = _direction(gradient, attack["norm"])
-            moved = _project(adv.detach() + size * move, x, eps, attack["norm"]).clamp(0, 1)
+            ahead = adv.detach() + size * move
+            if attack["step_noise"]:  # FAT's code: omega; a draw for each step of each restart
+                draw = restart * attack["num_steps"] + done
+                noise = rng.normal(seed, Purpose.STEP_NOISE, epoch, ids, x[0].numel(), draw=draw)
+                ahead = ahead + attack["step_noise"] * noise.to(x.dtype).reshape(x.shape)
+            moved = _project(ahead, x, eps, attack["norm"]).clamp(0, 1)
             mistakes += logits.detach().argmax(dim=1) != y
             if attack["early_stop"] is not None:  # Zhang et al. 2020, "Friendly AT"
                 moved = torch.where((mistakes < attack["early_stop"])[:, None, None, None], moved, adv.detach())

@@ -19,7 +19,7 @@ from torch import Tensor
 from distributed_at import rng
 from distributed_at.rng import Purpose
 from tests.reference import schedules
-from tests.reference.losses import LOSSES
+from tests.reference.losses import LOSSES, Outcome
 from tests.reference.networks import OTHER, Named, forward
 from tests.reference.optimisers import Optimiser
 from tests.reference.pgd import perturb
@@ -78,7 +78,11 @@ class Reference:
         self.group = self.train["bn_group_size"] or self.train["batch_size"] // forwards
         self.ids, self.images, self.labels = digits(recipe)
         batches = len(self.ids) / self.train["batch_size"]
-        self.steps_per_epoch = math.floor(batches) if self.train["drop_last"] else math.ceil(batches)
+        self.uses = recipe["objective"].get("replays", 1)  # steps in a row with one batch
+        self.steps_per_epoch = (math.floor(batches) if self.train["drop_last"] else math.ceil(batches)) * self.uses
+        self.delta = torch.zeros(
+            self.train["batch_size"], *self.images.shape[1:], dtype=torch.float64
+        )  # of each place in a batch
         self.steps = schedules.number_of_steps(recipe, self.steps_per_epoch)
         self.rows: list[dict[str, float]] = []
 
@@ -100,6 +104,7 @@ class Reference:
     def batch(self, step: int) -> np.ndarray:
         """Return the sample ids of a step, in order."""
         epoch, index = divmod(step, self.steps_per_epoch)
+        index //= self.uses
         size = self.train["batch_size"]
         order = rng.permutation(self.recipe["seed"], epoch, len(self.ids))
         return self.ids[order[index * size : (index + 1) * size]]
@@ -109,6 +114,7 @@ class Reference:
         row, images = Row(), 0
         for step in range(self.steps):
             images += self.step(step, row)
+            mu = schedules.momentum(step, self.recipe, self.steps_per_epoch)
             if (step + 1) % self.recipe["log"]["every_steps"] == 0 or step + 1 == self.steps:
                 self.rows.append(
                     {
@@ -116,6 +122,7 @@ class Reference:
                         "step": step + 1,
                         "epoch": (step + 1) / self.steps_per_epoch,
                         "lr": schedules.learning_rate(step, self.recipe, self.steps_per_epoch),
+                        **({} if mu is None else {"momentum": mu}),
                         "eps": schedules.radius(step, self.recipe["attack"], self.steps_per_epoch),
                         "images": images,
                         "total_steps": self.steps,
@@ -128,17 +135,27 @@ class Reference:
         ids = self.batch(step)
         for weight in self.weights.values():
             weight.requires_grad_()
-        total, ends = torch.zeros(()), []
+        total, ends, shown = torch.zeros(()), [], []
         for group in self._groups(step, ids):
-            loss, statistics = self._group(step, group, row)
-            total = total + loss * len(group.ids) / len(ids)
+            found, statistics = self._group(step, group, row)
+            total = total + found.loss * len(group.ids) / len(ids)
             ends.append((group, statistics))
+            if found.delta is not None:
+                shown.append((group, found))
         names = list(self.optimiser.state)
-        gradients = torch.autograd.grad(total, [self.weights[n] for n in names])
+        leaves = [found.delta for _, found in shown if found.climb is None]
+        both = torch.autograd.grad(total, [self.weights[n] for n in names] + leaves)
+        gradients, climbs = both[: len(names)], list(both[len(names) :])
+        for group, found in shown:
+            self._climb(step, group, climbs.pop(0) if found.climb is None else found.climb)
+        if (longest := self.recipe["optimizer"]["clip_norm"]) is not None:  # Pascanu et al. 2013, algorithm 1
+            norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+            gradients = tuple(g * min(1.0, longest / (norm + 1e-6)) for g in gradients)  # torch's and DeepSpeed's 1e-6
         self.weights = {n: w.detach() for n, w in self.weights.items()}
         lr = schedules.learning_rate(step, self.recipe, self.steps_per_epoch)
+        mu = schedules.momentum(step, self.recipe, self.steps_per_epoch)
         for name, gradient in zip(names, gradients, strict=True):
-            self.weights[name] = self.optimiser.move(name, self.weights[name], gradient, lr)
+            self.weights[name] = self.optimiser.move(name, self.weights[name], gradient, lr, mu)
         self._merge([(group, self._after_step(step, group, statistics)) for group, statistics in ends])
         if self.train["ema"] is not None:
             decay = self.train["ema"]["decay"]
@@ -148,20 +165,31 @@ class Reference:
                 self.average[name] = decay * self.average[name] + (1 - decay) * value
         return len(ids)
 
+    def _climb(self, step: int, group: Group, gradient: Tensor) -> None:
+        """Move what the places of a group keep: a step of the sign, the ball, and the box (Wong et al.'s code)."""
+        attack, rows = self.recipe["attack"], slice(group.place, group.place + len(group.ids))
+        eps = schedules.radius(step, attack, self.steps_per_epoch) / 255
+        moved = self.delta[rows] + attack["step_size"] / 255 * gradient.sign()
+        moved = torch.where(moved.abs() > eps, eps * moved.sign(), moved)
+        if self.recipe["objective"]["box"] == "perturbation":
+            moved = torch.max(torch.min(moved, 1 - group.images), 0 - group.images)
+        self.delta[rows] = moved.detach()
+
     def _groups(self, step: int, ids: np.ndarray) -> Iterator[Group]:
         epoch, index = divmod(step, self.steps_per_epoch)
-        first = index * (self.train["batch_size"] // self.group)  # groups are numbered through an epoch
+        first = index // self.uses * (self.train["batch_size"] // self.group)  # groups are numbered through an epoch
         for number, low in enumerate(range(0, len(ids), self.group)):
             mine = torch.from_numpy(ids[low : low + self.group])
-            yield Group(mine, self.images[mine], self.labels[mine], epoch, first + number)
+            yield Group(mine, self.images[mine], self.labels[mine], epoch, first + number, low)
 
-    def _group(self, step: int, group: Group, row: Row) -> tuple[Tensor, Named]:
-        """Return the loss of a group, and what it makes of the running statistics that the step began with."""
+    def _group(self, step: int, group: Group, row: Row) -> tuple[Outcome, Named]:
+        """Return what comes of a group, and what it makes of the running statistics that the step began with."""
         attack, section, branch = self.recipe["attack"], self.recipe["objective"], self._attack_branch()
         network = Network(self, step, self.statistics)
-        adv = None
+        adv, bn = None, ""
         if attack is not None:
             bn = {"eval": "running", "batch": "batch", "train": "train"}[attack["bn_mode"]]
+        if attack is not None and section["name"] != "free_at":
             attack = schedules.tolerance(step, attack, self.steps_per_epoch)
             adv = perturb(
                 lambda x: network(x, branch, bn), group.images, group.labels, group.ids,
@@ -172,6 +200,7 @@ class Reference:
             lambda x, branch, bn: network(x, branch, "running" if self._is_frozen(step) else bn),
             group.images, adv, group.labels, section,
             branch=branch, norm=self.recipe["model"]["norm"], ids=group.ids, seed=self.recipe["seed"], epoch=group.epoch,
+            delta=self.delta[group.place : group.place + len(group.ids)], attack_bn=bn,
         )  # fmt: skip
         seen = {"clean": len(group.ids) if found.clean is None else found.clean}
         for name, value in {"loss": found.loss, **found.terms}.items():
@@ -179,7 +208,7 @@ class Reference:
         for branch, correct in found.correct.items():
             count = seen.get(branch, len(group.ids))
             row.add(f"{branch}_accuracy", correct / count, count)
-        return found.loss, network.statistics
+        return found, network.statistics
 
     def _attack_branch(self) -> str:
         return "adv" if self.recipe["attack"] is None else self.recipe["attack"]["branch"]
@@ -208,7 +237,9 @@ class Reference:
     def tensors(self) -> Named:
         """Return everything that a checkpoint should hold, by its names there."""
         states = {f"optimizer.{k}.{n}": t for n, state in self.optimiser.state.items() for k, t in state.items()}
+        kept = {"objective.delta": self.delta} if self.recipe["objective"]["name"] == "free_at" else {}
         return {
+            **kept,
             **{f"model.{n}": t for n, t in self.weights.items()},
             **{f"buffer.{n}": t for n, t in self.statistics.items()},
             **{f"ema.{n}": t for n, t in self.average.items()},
@@ -225,6 +256,7 @@ class Group:
     labels: Tensor
     epoch: int
     number: int  # within the epoch
+    place: int = 0  # of its first image within the batch
 
 
 class Network:

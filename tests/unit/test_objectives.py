@@ -20,6 +20,7 @@ from distributed_at.recipes import load_recipe
 from tests.conformance.kit import Recorder, batch_of
 from tests.conformance.kit import build as build_in
 from tests.conformance.networks import CLASSES, labels
+from tests.conformance.objectives import words_of
 from tests.conformance.product import REAL
 
 CONFIGS = {name: OBJECTIVES[name].Config() for name in OBJECTIVES.builtin}
@@ -32,7 +33,7 @@ def build(config, **options):
 def test_section_of_a_recipe_is_of_the_class_that_its_name_chooses() -> None:
     for name in OBJECTIVES:
         needs = OBJECTIVES[name].needs(CONFIGS[name])
-        words = [f"objective.name={name}", *(["attack=null"] if needs.attack == "none" else [])]
+        words = [f"objective.name={name}", *words_of(name), *(["attack=null"] if needs.attack == "none" else [])]
         section = load_recipe("digits/adversarial", words).config.objective
         assert type(section) is OBJECTIVES[name].Config
         assert section == CONFIGS[name]

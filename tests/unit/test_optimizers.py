@@ -142,7 +142,9 @@ def test_weight_decay_is_added_to_the_gradient_for_all_but_adamw():
     for name, coupled in (("sgd", True), ("rmsprop", True), ("adam", True), ("adamw", False)):
         layer = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.constant_(layer.weight, 2.0)
-        options = {"name": name, "nesterov": False, "momentum": 0.0, "weight_decay": 0.5, "eps": 1e-12}
+        options = {"name": name, "nesterov": False, "momentum": 0.0, "weight_decay": 0.5}
+        options |= {} if name == "sgd" else {"eps": 1e-12}
+        options |= {"momentum": 0.9} if name.startswith("adam") else {}  # which they do not read
         optimizer = build_optimizer(_config("torch", **options), layer, lr=0.1)
         layer.weight.grad = torch.zeros(1, 1)
         optimizer.step()

@@ -125,11 +125,10 @@ def result(correct, name="pgd"):
     return SimpleNamespace(correct=correct, total=10, accuracy=correct / 10, protocol=SimpleNamespace(name=name))
 
 
-def stopping(patience=None, validation=True):
+def stopping(patience=None, validation=True, drop=None):
     attacks = (evaluation_entry(kind="clean"),) if validation else ()
-    return EarlyStopping(
-        TrainConfig(epochs=9, batch_size=4, patience_epochs=patience), EvaluationConfig(validation=attacks)
-    )
+    train = TrainConfig(epochs=9, batch_size=4, patience_epochs=patience, stop_on_drop=drop)
+    return EarlyStopping(train, EvaluationConfig(validation=attacks))
 
 
 def test_the_last_protocol_selects_and_only_a_better_count_is_the_best():
@@ -165,6 +164,34 @@ def test_no_patience_never_stops():
     early.update(5, [result(4)], 5)
     early.update(500, [result(3)], 5)
     assert early.should_stop is False
+
+
+def test_a_fall_between_two_rounds_ends_the_run_and_the_best_before_it_stays():
+    """Wong et al.'s code: robust accuracy drops by more than 0.2 from one look to the next; slow falls are none."""
+    early = stopping(drop=0.2)
+    for step, correct in ((5, 6), (10, 5), (15, 3), (20, 1)):  # by 0.1, 0.2, 0.2
+        early.update(step, [result(9, "clean"), result(correct)], 5)
+        assert (early.should_stop, early.collapse) == (False, None)
+    early.update(25, [result(5)], 5)
+    assert not early.update(30, [result(2)], 5)
+    assert early.should_stop
+    assert early.collapse == (0.5, 0.2)
+    assert early.best["step"] == 5
+    calm = stopping()
+    calm.update(5, [result(9)], 5)
+    calm.update(10, [result(0)], 5)
+    assert not calm.should_stop
+
+
+def test_a_fall_over_a_restart_is_seen():
+    early, back = stopping(drop=0.2), stopping(drop=0.2)
+    early.update(5, [result(6)], 5)
+    back.load_state_dict(early.state_dict())
+    back.update(10, [result(2)], 5)
+    assert back.should_stop
+    old = stopping(drop=0.2)
+    old.load_state_dict({"best": None, "should_stop": False})
+    assert old.update(10, [result(2)], 5)
 
 
 def test_early_stopping_is_resumed_as_it_was():

@@ -64,7 +64,7 @@ def test_every_recipe_runs_on_one_worker_and_at_full_scale(ref):
     sizes = {"micro_batch_size": train.micro_batch_size, "bn_group_size": train.bn_group_size}
     worlds = valid_world_sizes(train.batch_size, **sizes)
     assert worlds[0] == 1
-    full = max(1, train.batch_size // 32)
+    full = max(world for world in worlds if world <= max(1, train.batch_size // 32))
     plan = BatchPlan.resolve(batch_size=train.batch_size, world_size=full, **sizes)
     assert plan.world_size * plan.micro_batch * plan.accumulation == train.batch_size
 

@@ -1,6 +1,7 @@
 """One file an objective, called as it is in a recipe: settings worth trying, checks against its paper, planted faults.
 
-``SETTINGS``: fields of its section beside ``name``; the first is what other suites run it with. ``CHECKS``: functions of
+``SETTINGS``: fields of its section beside ``name``; the first is what other suites run it with. ``WORDS``: overrides of
+other sections that it needs there, if any. ``CHECKS``: functions of
 a ``Product`` that compare it in float64 with the paper's formula. ``MUTATIONS``: faults in its file that they catch.
 """
 
@@ -25,6 +26,11 @@ def conformance_of(name: str) -> ModuleType | None:
 def settings_of(name: str) -> list[dict[str, Any]]:
     """Return the fields that it is tried with, one dict a setting; its defaults where no file says more."""
     return getattr(conformance_of(name), "SETTINGS", None) or [{}]
+
+
+def words_of(name: str) -> list[str]:
+    """Return the overrides of other sections that a recipe of another objective needs for it."""
+    return list(getattr(conformance_of(name), "WORDS", []))
 
 
 def sections() -> list[ObjectiveSection]:
