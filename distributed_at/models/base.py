@@ -122,9 +122,26 @@ class StagedNetwork(Network):
         return x
 
 
+class SubsampledConv2d(nn.Conv2d):
+    """A strided 1x1 convolution that takes its pixels out first and then convolves at stride 1, which is the same.
+
+    torch 2.14's backward of a strided 1x1 convolution of fewer than 7 channels, laid out channels-last, writes past its
+    memory on CPUs without AVX-512; this form does not.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (N, out_channels, ceil(H / stride), ceil(W / stride)) of (N, in_channels, H, W)."""
+        vertical, horizontal = self.stride
+        pixels = x[:, :, ::vertical, ::horizontal]
+        return nn.functional.conv2d(pixels, self.weight, self.bias, groups=self.groups)
+
+
+_NARROW = 8  # channels; in_channels from here on are safe in torch's own form
+
+
 def projection(in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> nn.Sequential:
     """Return a strided 1x1 convolution and its norm for a shortcut."""
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), norm(out_channels))
+    return nn.Sequential(conv1x1(in_channels, out_channels, stride), norm(out_channels))
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -134,7 +151,8 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     """Return a 1x1 convolution."""
-    return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+    form = SubsampledConv2d if stride > 1 and in_channels < _NARROW else nn.Conv2d
+    return form(in_channels, out_channels, 1, stride=stride, bias=False)
 
 
 def stem_conv(config: ModelConfig) -> nn.Conv2d:

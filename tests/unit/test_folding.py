@@ -27,6 +27,14 @@ def test_post_activation_network_keeps_no_batch_norm(norm: str) -> None:
     assert (twin.folded, norms(twin)) == (20, 0)
 
 
+def test_narrow_strided_projections_fold_as_well() -> None:
+    network = build(base_width=4).double()
+    twin = Twin(network, bn_mode="eval")
+    assert (twin.folded, norms(twin)) == (20, 0)
+    x = torch.rand(3, 3, 17, 17, dtype=torch.float64)
+    torch.testing.assert_close(twin(x), network.eval()(x), rtol=1e-10, atol=1e-10)
+
+
 def test_preactivation_folds_only_norms_behind_a_convolution() -> None:
     # Per block bn2 stands behind conv1, and bn1 behind an addition. The very first bn1 follows the stem directly, but
     # the stem is also read by the first shortcut, so it stays.

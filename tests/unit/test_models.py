@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +18,7 @@ from distributed_at.config import Activation, ModelConfig
 from distributed_at.errors import ConfigError
 from distributed_at.models import LAYOUTS, build_model, on_branch, set_bn_mode, set_branch
 from distributed_at.models.activations import build_activation
+from distributed_at.models.base import SubsampledConv2d, conv1x1
 from distributed_at.models.norm import MixtureBatchNorm, norm_layers
 
 PACKAGE = Path(__file__).parents[2] / "distributed_at"
@@ -333,6 +336,38 @@ def test_preact_shortcut_takes_the_input_that_the_recipe_names() -> None:
     assert into_shortcut.min() >= 0
     assert entered.min() < 0
     assert torch.equal(entered_raw, into_raw_shortcut)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7, 8])
+@pytest.mark.parametrize("size", [8, 9])
+def test_a_strided_projection_is_torchs_convolution(channels: int, size: int) -> None:
+    """Narrow ones in a form of their own, whose gradients and output are the same."""
+    conv = conv1x1(channels, 5, stride=2).double()
+    assert isinstance(conv, SubsampledConv2d) == (channels < 8)
+    x = torch.rand(2, channels, size, size, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.conv2d(x, conv.weight, stride=2)
+    weights = torch.rand_like(expected)
+    ours = torch.autograd.grad((conv(x) * weights).sum(), (x, conv.weight))
+    theirs = torch.autograd.grad((expected * weights).sum(), (x, conv.weight))
+    torch.testing.assert_close((conv(x), *ours), (expected, *theirs), rtol=1e-12, atol=1e-12)
+
+
+_BACKWARDS = """
+import torch
+from distributed_at.models.base import conv1x1
+for channels in range(1, 9):
+    conv = conv1x1(channels, 8, stride=2)
+    for _ in range(10):
+        x = torch.rand(24, channels, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+        conv(x).relu().square().sum().backward()
+        kept = [torch.empty(size) for size in range(100, 4000, 100)]
+"""
+
+
+def test_a_narrow_strided_projection_stays_in_its_memory() -> None:
+    """torch's own form ends such a process on CPUs without AVX-512; elsewhere this says nothing."""
+    done = subprocess.run([sys.executable, "-c", _BACKWARDS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_nothing_but_its_entry_knows_a_norm_by_name() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from distributed_at import ops
-from distributed_at.models.base import PixelNormalisation
+from distributed_at.models.base import PixelNormalisation, SubsampledConv2d
 from distributed_at.models.branches import BranchedNorm
 from distributed_at.models.norm import BatchNorm, GroupNorm
 
@@ -34,7 +34,9 @@ class _Tracer(fx.Tracer):
     """Sees through blocks, but takes norm layers and the pixel normalisation whole: their inside depends on a mode."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*_NORMS, PixelNormalisation)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*_NORMS, PixelNormalisation, SubsampledConv2d)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 class GroupNormReLU(nn.Module):
@@ -169,7 +171,8 @@ def _fold(
     assert isinstance(layer, BatchNorm)
     if layer.mode != "eval":
         raise ValueError(f"batch norm {norm.target} is in mode {layer.mode!r}; only frozen statistics can be folded")
-    folded = nn.Conv2d(
+    form = SubsampledConv2d if isinstance(live, SubsampledConv2d) else nn.Conv2d
+    folded = form(
         live.in_channels, live.out_channels, live.kernel_size, live.stride, live.padding, live.dilation,  # type: ignore[arg-type]
         live.groups, True, live.padding_mode, device="meta",
     )  # fmt: skip
