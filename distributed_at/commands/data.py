@@ -184,6 +184,8 @@ def run(args: argparse.Namespace) -> int:
         return _shard(args)
     if args.action == "pack-extra":
         return data_extra.pack(args)
+    if args.action == "pseudolabel":
+        return data_extra.label(args)
     if args.action == "verify" and args.folder.is_file():
         return data_extra.verify_file(args)
     from distributed_at.data.packed import is_packed

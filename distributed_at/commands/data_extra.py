@@ -1,4 +1,4 @@
-"""``data pack-extra``, and ``data verify`` of files and packed folders of extra images."""
+"""``data pack-extra``, ``data pseudolabel``, and ``data verify`` of files and packed folders of extra images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from distributed_at.commands.common import add_json, print_json, print_rows, progress_on_terminal, say
+from distributed_at.commands.common import add_json, find_run, print_json, print_rows, progress_on_terminal, say
 from distributed_at.errors import ConfigError
 
 EXIT_DAMAGED = 3
@@ -22,6 +22,28 @@ def add_actions(actions: Any) -> None:
     pack.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new, or of an interrupted packing")
     pack.add_argument("--classes", type=int, default=None, help="refuse labels from this number on (default 1000)")
     add_json(pack)
+    label = actions.add_parser(
+        "pseudolabel",
+        help="label images by the classifier of RUN, leave out near-duplicates of its test set, and pack the best-scored",
+    )
+    label.add_argument("run", help="folder or name of a run of natural training")
+    label.add_argument(
+        "images", type=Path, nargs="+", help=".npz (image), pickle (data), packed folder or image folder"
+    )
+    label.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the packed set: data.extra.files")
+    label.add_argument("--keep", type=int, help="images in all, the same number of each class (default: all)")
+    label.add_argument("--checkpoint", default="auto", help="'auto', 'best', 'last' or a step folder")
+    label.add_argument(
+        "--duplicates-within",
+        type=float,
+        default=None,
+        metavar="LEVELS",
+        help="leave out images at most so far from a test image or its mirror image: root mean square of pixel "
+        "differences, grey levels of 255 (default 10)",
+    )
+    label.add_argument("--batch-size", type=int, default=512, help="images a forward")
+    label.add_argument("--runs", default="runs", help="where runs are looked for by name")
+    add_json(label)
 
 
 def pack(args: argparse.Namespace) -> int:
@@ -35,6 +57,29 @@ def pack(args: argparse.Namespace) -> int:
     manifest = pack_extra(args.files, args.output, num_classes=classes, progress=progress_on_terminal("packed"))
     told = {"folder": str(args.output), "images": manifest.images, "image_size": manifest.image_size}
     _show(args, {**told, "shards": len(manifest.shards), "digest": manifest.digest[:12]}, manifest.counts)
+    return 0
+
+
+def label(args: argparse.Namespace) -> int:
+    """Label and pack; give the same command again where it was interrupted."""
+    from distributed_at.engine.runs.pseudolabel import DUPLICATE_WITHIN, check_arguments, pseudolabel
+
+    within = DUPLICATE_WITHIN if args.duplicates_within is None else args.duplicates_within
+    check_arguments(args.keep, within, args.batch_size)
+    manifest = pseudolabel(
+        find_run(args.run, args.runs),
+        args.images,
+        args.output,
+        keep=args.keep,
+        checkpoint=args.checkpoint,
+        duplicates_within=within,
+        batch_size=args.batch_size,
+        progress=progress_on_terminal("labelled"),
+    )
+    made_by = manifest.made_by or {}
+    told = {"folder": str(args.output), "candidates": made_by["candidates"]}
+    told |= {"near duplicates": made_by["near_duplicates"], "kept": manifest.images}
+    _show(args, told, manifest.counts)
     return 0
 
 

@@ -67,6 +67,11 @@ class ExtraFile:
             place += len(labels)
             yield images, labels
 
+    def images_alone(self, first: int = 0) -> Iterator[np.ndarray]:
+        """Yield images as ``pieces`` does, whatever their labels are."""
+        for images, _ in self._stored(first) if self.arrays is None else self._held(self.arrays, first):
+            yield images
+
     def _check_labels(self, labels: np.ndarray, first: int, num_classes: int, bare: bool) -> None:
         wrong = ((labels < 0) & (labels != UNLABELLED)) | (labels >= num_classes)
         if wrong.any():
@@ -104,8 +109,6 @@ class ExtraFile:
                 ]
                 labels = found[1].astype(np.int64) if self.has_labels else np.full(rows, UNLABELLED, dtype=np.int64)
                 yield found[0], labels
-            for stream in streams:  # reading to the end compares the archive's checksum
-                _skip(stream, 0, to_end=True)
 
 
 class _archive:
@@ -239,13 +242,11 @@ def _header(stream: IO[bytes]) -> _Described:
     return shape, kind
 
 
-def _skip(stream: IO[bytes], count: int, *, to_end: bool = False) -> None:
-    """Read over ``count`` bytes, so that the archive's checksum covers them too."""
-    while count > 0 or to_end:
-        read = len(stream.read(_READ if to_end else min(count, _READ)))
+def _skip(stream: IO[bytes], count: int) -> None:
+    """Read over ``count`` bytes, so that the archive's checksum, compared with the last byte, covers them too."""
+    while count > 0:
+        read = len(stream.read(min(count, _READ)))
         if not read:
-            if to_end:
-                return
             raise EOFError("it ends inside an array")
         count -= read
 

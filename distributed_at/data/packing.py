@@ -260,7 +260,6 @@ class Packer:
                 counts.update(dict(zip(*(c.tolist() for c in np.unique(labels, return_counts=True)), strict=True)))
                 done += len(labels)
                 tell(done)
-            pieces.look_ahead()  # a file that ends here compares its checksum now, before its images count as packed
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
@@ -294,8 +293,3 @@ class _Buffered:
             self._rest = (images[used:], labels[used:], None if scores is None else scores[used:]) if left else None
             yield images[:used], labels[:used], None if scores is None else scores[:used]
             count -= used
-
-    def look_ahead(self) -> None:
-        """Make the reader prepare what comes next, if anything does."""
-        if self._rest is None:
-            self._rest = next(self._pieces, None)

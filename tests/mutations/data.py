@@ -9,6 +9,7 @@ _ANY = "tests/integration/test_any_data.py::"
 _EXTRA = "tests/unit/test_data_extra.py::"
 _MIXED, _MIXED_DATA = "tests/unit/test_mixed_order.py::", "tests/unit/test_mixed_data.py::"
 _PACKING = "tests/unit/test_packing.py::"
+_PSEUDOLABEL = "tests/unit/test_pseudolabel.py::"
 _PIXELS = "tests/unit/test_data_pixels.py::"
 _FOLDERS = "tests/integration/test_imagenet_data.py::"
 _SHARDS = "tests/unit/test_shards.py::"
@@ -205,13 +206,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         _PACKING + "test_a_kill_at_any_point_leaves_nothing_that_counts_as_whole_and_the_next_call_goes_on",
     ),
     Mutation(
-        "a shard is finished before its file's checksum is compared",
-        "data/packing.py",
-        "            pieces.look_ahead()",
-        "            pass",
-        _PACKING + "test_an_archive_damaged_in_its_last_image_is_not_packed_by_any_number_of_calls",
-    ),
-    Mutation(
         "files that changed since they were packed are not looked at",
         "data/packing.py",
         "if list(manifest.sources) == list(sources) and",
@@ -221,8 +215,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the order by places keeps some images from their turn",
         "rng.py",
-        "low = low ^ (_mixed(high ^ key)",
-        "low = low & (_mixed(high ^ key)",
+        "result[outside] = _feistel(result[outside], bits, keys)",
+        "result[outside] %= num_samples",
         _MIXED + "test_a_permutation_by_places_shows_each_number_once",
     ),
     Mutation(
@@ -287,6 +281,55 @@ MUTATIONS: tuple[Mutation, ...] = (
         "return {**self._labelled.identities(), **beside}",
         "return self._labelled.identities()",
         "tests/integration/test_extra_training.py::test_other_extra_images_are_noticed_at_a_resume",
+    ),
+    Mutation(
+        "mirror images of test images are not looked for",
+        "data/duplicates.py",
+        "np.concatenate([test, test[:, :, ::-1]])",
+        "np.concatenate([test, test])",
+        _PSEUDOLABEL + "test_distances_to_the_test_set_are_those_of_all_pairs",
+    ),
+    Mutation(
+        "blocks of unequal size count alike, so that some near pairs are passed over",
+        "data/duplicates.py",
+        "float(np.sqrt(share))",
+        "float(np.sqrt(share) * 1.5)",
+        _PSEUDOLABEL + "test_distances_to_the_test_set_are_those_of_all_pairs",
+    ),
+    Mutation(
+        "near-duplicates of test images stay",
+        "engine/runs/pseudolabel.py",
+        "apart = ~np.isfinite(found.distances)",
+        "apart = np.ones(len(images), dtype=bool)",
+        _PSEUDOLABEL + "test_test_images_among_the_candidates_are_left_out",
+    ),
+    Mutation(
+        "the lowest scores stay",
+        "data/selection.py",
+        "np.argsort(-scores[rows]",
+        "np.argsort(scores[rows]",
+        _PSEUDOLABEL + "test_of_each_class_the_highest_scores_stay",
+    ),
+    Mutation(
+        "labels are packed in the order of scores, images in their own",
+        "engine/runs/pseudolabel.py",
+        "here = np.arange(place, place + len(piece))[mine]",
+        "here = rows[np.cumsum(mine)[mine] - 1]",
+        _PSEUDOLABEL + "test_labels_scores_and_kept_images_are_the_classifiers",
+    ),
+    Mutation(
+        "scores of another classifier are taken up",
+        "engine/runs/pseudolabel.py",
+        '        "weights": weights_hash(network),\n',
+        "",
+        _PSEUDOLABEL + "test_an_interrupted_labelling_goes_on_at_its_block",
+    ),
+    Mutation(
+        "a folder's images are labelled from its first one again",
+        "engine/runs/pseudolabel.py",
+        "pieces = _blocks(images.pieces(done * _BLOCK))",
+        "pieces = _blocks(images.pieces(0))",
+        _PSEUDOLABEL + "test_an_interrupted_labelling_goes_on_at_its_block",
     ),
     Mutation(
         "SVHN's test images are its training images",
