@@ -133,7 +133,11 @@ CASES: dict[str, Case] = {
         )
     ),
     "mart with a divergence inside": Case(
-        ("model.norm=mbn", "objective={name: mart, clean_bn: batch}", "attack={loss: kl, bn_mode: batch}"),
+        (
+            "model.norm=mbn",
+            "objective={name: mart, clean_bn: batch, label_smoothing: 0.1, label_smoothing_form: other_classes}",
+            "attack={loss: kl, bn_mode: batch}",
+        ),
         worlds=((1, 1), (2, 2)),
     ),
     "adversarial training on a divergence": Case(("attack={loss: kl, start: uniform}",), worlds=((1, 1), (2, 1))),

@@ -86,7 +86,8 @@ def mart(network: Network, x: Tensor, adv: Tensor, y: Tensor, section: dict, **_
     order = q.argsort(dim=1)
     wrong = torch.where(order[:, -1] == y, order[:, -2], order[:, -1])
     rows = torch.arange(len(y))
-    boosted = (-torch.log(q[rows, y]) - torch.log(1.0001 - q[rows, wrong] + 1e-12)).mean()
+    # smoothing, which no code has, is of the cross-entropy alone
+    boosted = (cross_entropy(moved, y, section) - torch.log(1.0001 - q[rows, wrong] + 1e-12)).mean()
     kl = (p * (torch.log(p) - torch.log(q + 1e-12))).sum(dim=1)
     weighted = (kl * (1.0000001 - p[rows, y])).mean()
     terms = {"adv_loss": boosted, "weighted_kl": weighted}
