@@ -7,6 +7,7 @@ import torch
 from distributed_at.batch import Batch
 from distributed_at.config.objective import ObjectiveSection
 from distributed_at.objectives import Objective
+from distributed_at.objectives.base import ITSELF
 from tests.conformance.networks import CLASSES, SHAPE, ids, images, labels, network
 from tests.conformance.product import Product
 
@@ -60,4 +61,7 @@ def build(
         places=64,
         image_size=SHAPE[-1],
     )
-    return product.objectives.build_objective(config, context)
+    built = product.objectives.build_objective(config, context)
+    if built.needs(config).itself:
+        built.views = {ITSELF: network(dtype=torch.float64)}
+    return built

@@ -7,6 +7,7 @@ import pytest
 from distributed_at.accelerators import GPUS, attack_arithmetic
 from distributed_at.catalogue.datasets import DATASETS
 from distributed_at.data import digits
+from distributed_at.engine.batching import largest_world_size
 from distributed_at.errors import ConfigError
 from distributed_at.models.statistics import ModelStatistics
 from distributed_at.plan_table import plan_table
@@ -180,7 +181,9 @@ def test_plan_is_json_and_a_table():
 @pytest.mark.parametrize("ref", [entry.ref for entry in list_recipes()])
 def test_every_recipe_passes_plan_at_its_full_world_size(ref):
     config = load_recipe(ref).config
-    found = make_plan(config, world_size=max(1, config.train.batch_size // 32), gpu="h200", statistics=R152)
+    cut = {"batch_size": config.train.batch_size, "bn_group_size": config.train.bn_group_size}
+    workers = largest_world_size(max(1, config.train.batch_size // 32), **cut)
+    found = make_plan(config, world_size=workers, gpu="h200", statistics=R152)
     assert found.num_steps > 0
     assert found.flops > 0
 
