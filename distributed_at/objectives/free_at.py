@@ -178,6 +178,6 @@ def free_update(
         eps, step_size: in [0, 1] units; the step is the whole eps unless one is given.
         box: as in the recipe's section.
     """
-    moved = delta + (eps if step_size is None else step_size) * torch.nan_to_num(gradient.sign())
+    moved = delta + (eps if step_size is None else step_size) * gradient.sign()  # of NaN: 0
     moved = moved.clamp(-eps, eps)
     return moved if box == "images" else torch.maximum(torch.minimum(moved, 1.0 - images), -images)

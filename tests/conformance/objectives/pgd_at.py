@@ -52,7 +52,7 @@ MUTATIONS = [
         "adversarial_training_moves_bn_once",
     ),
     Mutation(
-        "sum instead of mean over the batch", FILE, "label_smoothing, form=form).mean()",
-        "label_smoothing, form=form).sum()", "adversarial_loss_is_plain_cross_entropy",
+        "sum instead of mean over the batch", FILE, "mean_cross_entropy(adv_logits, batch, c)",
+        "mean_cross_entropy(adv_logits, batch, c) * len(batch)", "adversarial_loss_is_plain_cross_entropy",
     ),
 ]  # fmt: skip

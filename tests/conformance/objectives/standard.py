@@ -33,7 +33,7 @@ MUTATIONS = [
         "natural_loss_is_cross_entropy_of_clean_images",
     ),
     Mutation(
-        "natural loss summed over the batch", FILE, "label_smoothing, form=form).mean()",
-        "label_smoothing, form=form).sum()", "natural_loss_is_cross_entropy_of_clean_images",
+        "natural loss summed over the batch", FILE, "mean_cross_entropy(logits, batch, self.config)",
+        "mean_cross_entropy(logits, batch, self.config) * len(batch)", "natural_loss_is_cross_entropy_of_clean_images",
     ),
 ]  # fmt: skip

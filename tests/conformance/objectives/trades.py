@@ -57,8 +57,8 @@ MUTATIONS = [
         "F.log_softmax(clean_logits.detach(), dim=1), F.log", "trades_is_the_published_loss",
     ),
     Mutation(
-        "KL divided by classes too", FILE, "kl_divergence(paired, adv_logits).mean()\n",
-        "kl_divergence(paired, adv_logits).mean() / adv_logits.shape[1]\n", "trades_is_the_published_loss",
+        "KL divided by classes too", FILE, "divergence = kl_divergence(paired, adv_logits).mean()\n",
+        "divergence = kl_divergence(paired, adv_logits).mean() / adv_logits.shape[1]\n", "trades_is_the_published_loss",
     ),
     Mutation(
         "clean forward moves BN against the recipe", FILE,
