@@ -198,4 +198,25 @@ MUTATIONS: tuple[Mutation, ...] = (
         'if rule == "all":\n            decays = id(parameter) in kernels',
         "tests/reference/test_reference_run.py::test_product_trains_what_the_reference_trains[pgd_at-1x1]",
     ),
+    Mutation(
+        "a narrow strided projection has torch's own form, which corrupts the heap on some CPUs",
+        "models/base.py",
+        "_NARROW = 8",
+        "_NARROW = 0",
+        "tests/unit/test_models.py::test_a_strided_projection_is_torchs_convolution",
+    ),
+    Mutation(
+        "a narrow strided projection takes its pixels from the second row on",
+        "models/base.py",
+        "x[:, :, ::vertical, ::horizontal]",
+        "x[:, :, vertical - 1 :: vertical, ::horizontal]",
+        "tests/unit/test_models.py::test_a_strided_projection_is_torchs_convolution",
+    ),
+    Mutation(
+        "the attack's graph sees into a narrow strided projection",
+        "engine/twin/folding.py",
+        "(*_NORMS, PixelNormalisation, SubsampledConv2d)",
+        "(*_NORMS, PixelNormalisation)",
+        "tests/unit/test_folding.py::test_narrow_strided_projections_fold_as_well",
+    ),
 )
