@@ -67,7 +67,7 @@ def rank_of_other_data(root: str) -> str:
             data = data.model_copy(update={"path": f"{root}/other"})
         return real(data, split, **options)
 
-    with mock.patch("distributed_at.engine.builder.open_split", own):
+    with mock.patch("distributed_at.data.training.open_split", own):
         try:
             run_training(config(Path(root) / "data"), RunFolder(Path(root) / "run"), quiet=True)
         except ConfigError as error:
