@@ -1,4 +1,4 @@
-"""Index an image folder once, check every file of it, or pack it into tar shards; extra images are ``data_extra.py``'s."""
+"""Index an image folder once, check every file of it, or pack it into tar shards; pack and label extra images."""
 
 from __future__ import annotations
 

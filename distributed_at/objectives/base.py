@@ -168,8 +168,9 @@ class Objective:
         branches: kinds of images that its loss sees, which are the norm branches that it trains.
         attack_losses: losses measured from the clean prediction that its attack may maximise. Losses of labels alone go
             with every objective.
-        views: name of one of ``networks``, and ``ITSELF`` where ``needs`` asks for it -> images in [0, 1] to logits float32, for gradients to the images: set by the
-            engine where there is an attack, and up to date whenever the objective is called.
+        views: name of one of ``networks``, and ``ITSELF`` where ``needs`` asks for it -> images in [0, 1] to logits float32,
+            for gradients to the images: set by the engine where there is an attack, and up to date whenever the
+            objective is called.
     """
 
     Config: ClassVar[type[ObjectiveSection]]

@@ -78,10 +78,10 @@ def smooth_labels(
 def smoothed_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, smoothing: float, *, form: SmoothingForm = "uniform"
 ) -> torch.Tensor:
-    """Return (N,) cross-entropy of logits (N, K) to smoothed labels (N,); plain cross-entropy where smoothing is 0."""
+    """Return (N,) cross-entropy of logits (N, K) to smoothed labels (N,), plain where smoothing is 0; 0 for a label of -1."""
     if smoothing == 0:
-        return F.cross_entropy(logits, labels, reduction="none")
-    soft = smooth_labels(labels, logits.shape[1], smoothing, form=form, dtype=logits.dtype)
+        return F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
+    soft = smooth_labels(labels, logits.shape[1], smoothing, form=form, dtype=logits.dtype) * (labels >= 0)[:, None]
     return -(soft * F.log_softmax(logits, dim=1)).sum(dim=1)
 
 
@@ -92,16 +92,11 @@ def cross_entropies(
 
     ``origin`` (N,): as in ``Batch``; extra images have a smoothing of their own where the section gives one.
     """
-    own, form = section.label_smoothing, section.label_smoothing_form
-    extra = own if section.extra_label_smoothing is None else section.extra_label_smoothing
-    if own == extra == 0:
-        return F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
-    soft = smooth_labels(labels, logits.shape[1], own, form=form, dtype=logits.dtype)
-    if origin is not None and extra != own:
-        beside = smooth_labels(labels, logits.shape[1], extra, form=form, dtype=logits.dtype)
-        soft = torch.where((origin == EXTRA)[:, None], beside, soft)
-    soft = soft * (labels >= 0)[:, None]
-    return -(soft * F.log_softmax(logits, dim=1)).sum(dim=1)
+    own, extra, form = section.label_smoothing, section.extra_label_smoothing, section.label_smoothing_form
+    losses = smoothed_cross_entropy(logits, labels, own, form=form)
+    if origin is not None and extra is not None:
+        losses = torch.where(origin == EXTRA, smoothed_cross_entropy(logits, labels, extra, form=form), losses)
+    return losses
 
 
 def mean_cross_entropy(logits: torch.Tensor, batch: Batch, section: SmoothedSection) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pydantic import Field
 from distributed_at.catalogue.attacks import ATTACK_LOSSES, ATTACK_TARGETS
 from distributed_at.lazy import F
 from distributed_at.objectives.base import BranchName, Forward, Objective, Passes, Terms, required_adv
-from distributed_at.objectives.labels import SmoothedSection, SmoothingForm, mean_cross_entropy, smoothed_cross_entropy
+from distributed_at.objectives.labels import SmoothedSection, mean_cross_entropy
 
 if TYPE_CHECKING:
     import torch
@@ -97,23 +97,7 @@ def trades_loss(
     clean_logits: torch.Tensor, adv_logits: torch.Tensor, labels: torch.Tensor, beta: float = 6.0
 ) -> torch.Tensor:
     """Return the scalar loss of logits (N, K), clean and adversarial, and labels (N,)."""
-    clean_loss, divergence = trades_terms(clean_logits, adv_logits, labels)
-    return clean_loss + beta * divergence
-
-
-def trades_terms(
-    clean_logits: torch.Tensor,
-    adv_logits: torch.Tensor,
-    labels: torch.Tensor,
-    label_smoothing: float = 0.0,
-    *,
-    form: SmoothingForm = "uniform",
-    paired_logits: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scalars CE(clean) and KL; ``paired_logits`` (N, K) are the clean ones that the KL looks at."""
-    clean_loss = smoothed_cross_entropy(clean_logits, labels, label_smoothing, form=form).mean()
-    paired = clean_logits if paired_logits is None else paired_logits
-    return clean_loss, kl_divergence(paired, adv_logits).mean()
+    return F.cross_entropy(clean_logits, labels) + beta * kl_divergence(clean_logits, adv_logits).mean()
 
 
 def kl_divergence(clean_logits: torch.Tensor, adv_logits: torch.Tensor) -> torch.Tensor:
