@@ -126,9 +126,16 @@ class EarlyStopping:
             self.should_stop = True
         return False
 
+    @property
+    def ending(self) -> str:
+        """How a run ends that ``should_stop``: 'collapsed', or 'early' where accuracy rose no more."""
+        return "early" if self.collapse is None else "collapsed"
+
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "should_stop": self.should_stop, "before": self._before}
+        return {"best": self.best, "should_stop": self.should_stop, "before": self._before, "collapse": self.collapse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.should_stop = state["best"], state["should_stop"]
         self._before = state.get("before")  # an earlier version kept none
+        collapse = state.get("collapse")
+        self.collapse = None if collapse is None else (collapse[0], collapse[1])

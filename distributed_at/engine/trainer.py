@@ -39,7 +39,7 @@ SLOW_SECONDS = 0.02  # a rank that is later by less holds nobody up
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How a run ended: 'finished', 'stopped' (asked to, saved) or 'early' (no progress on held-out images)."""
+    """How a run ended: 'finished', 'stopped' (asked to, saved), or on held-out images 'early' (no progress) or 'collapsed'."""
 
     reason: str
     step: int
@@ -126,7 +126,7 @@ class Trainer:
         try:
             for step in range(first, p.total_steps):
                 if self.early.should_stop:  # a resumed run had stopped already
-                    return "early"
+                    return self.early.ending
                 self._on_step(step)
                 with self._watch("setup" if step == first else "step"):  # the first step may compile
                     stop, back = self._step(batches, step)
@@ -136,7 +136,7 @@ class Trainer:
                     return "rollback"
                 if stop:
                     return "stopped"
-            return "early" if self.early.should_stop else "finished"
+            return self.early.ending if self.early.should_stop else "finished"
         finally:
             batches.close()
             with self._watch("checkpoint"):

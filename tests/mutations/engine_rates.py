@@ -314,4 +314,21 @@ MUTATIONS: tuple[Mutation, ...] = (
         '.add_(update)\n            parameter.sub_(moved, alpha=group["lr"])',
         _RUN + "[logit-pairing's-optimiser-1x1]",
     ),
+    Mutation(
+        "a collapse is told as no progress",
+        "engine/progress.py",
+        'return "early" if self.collapse is None else "collapsed"',
+        'return "early"',
+        (
+            "tests/unit/test_progress.py::test_a_fall_between_two_rounds_ends_the_run_and_the_best_before_it_stays",
+            "tests/integration/test_collapse.py::test_everything_says_that_it_collapsed_and_the_same_command_does_nothing",
+        ),
+    ),
+    Mutation(
+        "the weights after a collapse are the best ones",
+        "engine/trainer.py",
+        "        if improved:\n            self._checkpoints.mark_best(",
+        "        if improved or self.early.collapse:\n            self._checkpoints.mark_best(",
+        "tests/integration/test_collapse.py::test_the_best_weights_before_it_stand",
+    ),
 )

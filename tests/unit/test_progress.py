@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -175,7 +176,7 @@ def test_a_fall_between_two_rounds_ends_the_run_and_the_best_before_it_stays():
     early.update(25, [result(5)], 5)
     assert not early.update(30, [result(2)], 5)
     assert early.should_stop
-    assert early.collapse == (0.5, 0.2)
+    assert (early.collapse, early.ending) == ((0.5, 0.2), "collapsed")
     assert early.best["step"] == 5
     calm = stopping()
     calm.update(5, [result(9)], 5)
@@ -188,7 +189,10 @@ def test_a_fall_over_a_restart_is_seen():
     early.update(5, [result(6)], 5)
     back.load_state_dict(early.state_dict())
     back.update(10, [result(2)], 5)
-    assert back.should_stop
+    assert (back.should_stop, back.ending) == (True, "collapsed")
+    again = stopping(drop=0.2)
+    again.load_state_dict(json.loads(json.dumps(back.state_dict())))
+    assert (again.should_stop, again.ending) == (True, "collapsed")
     old = stopping(drop=0.2)
     old.load_state_dict({"best": None, "should_stop": False})
     assert old.update(10, [result(2)], 5)
@@ -199,7 +203,7 @@ def test_early_stopping_is_resumed_as_it_was():
     early.update(5, [result(4)], 5)
     early.update(10, [result(4)], 5)
     back.load_state_dict(early.state_dict())
-    assert (back.best, back.should_stop) == (early.best, True)
+    assert (back.best, back.should_stop, back.ending) == (early.best, True, "early")
 
 
 def test_a_rank_without_samples_reduces_what_the_others_do():

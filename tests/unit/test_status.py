@@ -53,6 +53,7 @@ def test_folder_that_is_not_there_was_not_started(tmp_path: Path) -> None:
     [
         (("run_end", 40, {"reason": "finished"}), True, "done"),
         (("run_end", 20, {"reason": "early"}), True, "done"),
+        (("run_end", 20, {"reason": "collapsed"}), True, "done"),
         (("run_end", 20, {"reason": "stopped"}), False, "again"),
         (None, False, "crash"),
     ],

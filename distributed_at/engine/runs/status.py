@@ -15,7 +15,7 @@ from distributed_at.engine.runs.lock import RunLock
 from distributed_at.errors import LockedError, exit_class
 from distributed_at.observe.events import read_events
 
-_ENDS = {"finished", "early"}
+_ENDS = {"finished", "early", "collapsed"}
 _ADVICE = {
     "done": "nothing: the run has come to its end; evaluate it, or give a longer run another name and train.init_from",
     "again": "give the same command again: it goes on at the newest checkpoint",
@@ -33,7 +33,8 @@ class Status:
         run: folder.
         started: whether the folder holds a run at all.
         finished: the run has come to its end; the same command would do nothing.
-        reason: how its last start ended: 'finished', 'early', 'stopped' (asked to, saved), None where it did not say.
+        reason: how its last start ended: 'finished', 'early', 'collapsed', 'stopped' (asked to, saved), None where it did
+            not say.
         step: the last step that its events name; total_steps: of the recipe, None before the first start.
         checkpoint: name of the newest good checkpoint; checkpoint_step: its step, 0 without one.
         bad_checkpoints: newer ones that cannot be used, each with the reason.

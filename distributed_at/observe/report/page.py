@@ -26,6 +26,7 @@ from distributed_at.statistics import format_interval, format_percent
 ENDS = {
     "finished": ("good", "finished"),
     "early": ("good", "stopped early, as robust accuracy rose no more"),
+    "collapsed": ("bad", "robust accuracy collapsed; the best weights before that stand"),
     "stopped": ("note", "stopped; the same command goes on"),
 }
 
