@@ -136,7 +136,7 @@ class SubsampledConv2d(nn.Conv2d):
         return nn.functional.conv2d(pixels, self.weight, self.bias, groups=self.groups)
 
 
-_NARROW = 8  # channels; in_channels from here on are safe in torch's own form
+_NARROW = 8  # input channels; from here on torch's own form is safe
 
 
 def projection(in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> nn.Sequential:
@@ -151,8 +151,21 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     """Return a 1x1 convolution."""
-    form = SubsampledConv2d if stride > 1 and in_channels < _NARROW else nn.Conv2d
-    return form(in_channels, out_channels, 1, stride=stride, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+    subsample_narrow(conv)
+    return conv
+
+
+def subsample_narrow(network: nn.Module) -> None:
+    """Let every narrow strided 1x1 convolution of a network, ours or another's, be a ``SubsampledConv2d``, in place."""
+    for layer in network.modules():
+        if (
+            type(layer) is nn.Conv2d
+            and (layer.kernel_size, layer.padding) == ((1, 1), (0, 0))
+            and max(layer.stride) > 1
+            and layer.in_channels // layer.groups < _NARROW
+        ):
+            layer.__class__ = SubsampledConv2d
 
 
 def stem_conv(config: ModelConfig) -> nn.Conv2d:

@@ -12,7 +12,7 @@ from torch import nn
 from distributed_at.catalogue.networks import NETWORKS, library_of
 from distributed_at.config import ModelConfig
 from distributed_at.errors import ConfigError, did_you_mean
-from distributed_at.models.base import Network
+from distributed_at.models.base import Network, subsample_narrow
 from distributed_at.models.convert import convert_batch_norms, convert_dropout
 from distributed_at.user_code import told_by_line
 
@@ -42,6 +42,7 @@ def build_foreign(config: ModelConfig, *, num_classes: int, image_size: int | No
     """
     network = raw_network(config, num_classes=num_classes, image_size=image_size)
     network = convert_dropout(convert_batch_norms(network, config))
+    subsample_narrow(network)
     return ForeignNetwork(config, network, num_classes)
 
 

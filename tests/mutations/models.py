@@ -213,6 +213,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "tests/unit/test_models.py::test_a_strided_projection_is_torchs_convolution",
     ),
     Mutation(
+        "another library's narrow strided projection stays as it is",
+        "models/foreign.py",
+        "    subsample_narrow(network)\n",
+        "",
+        "tests/unit/test_foreign_networks.py::test_a_narrow_strided_projection_is_ours_and_computes_the_same",
+    ),
+    Mutation(
         "the attack's graph sees into a narrow strided projection",
         "engine/twin/folding.py",
         "(*_NORMS, PixelNormalisation, SubsampledConv2d)",

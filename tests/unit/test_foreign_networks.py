@@ -17,6 +17,7 @@ from distributed_at.engine.twin.twin import Twin
 from distributed_at.errors import ConfigError
 from distributed_at.evaluation import Subject, evaluate_entry
 from distributed_at.models import BatchNorm, MixtureBatchNorm, build_model, measure, on_branch, weight_decay_groups
+from distributed_at.models.base import SubsampledConv2d
 from distributed_at.models.convert import convert_batch_norms, convert_dropout
 from distributed_at.models.dropout import CounterDropout, Draw, drawing, dropping_layers
 from distributed_at.models.foreign import fitted_weights, published_weights
@@ -392,3 +393,26 @@ def test_attention_of_the_twin_multiplies_no_matrix_image_by_image(arch: str) ->
     assert gradient.abs().max() > 0
     assert "aten::bmm" not in {event.key for event in seen.key_averages()}
     assert all(parameter.grad is None for parameter in twin.module.parameters())
+
+
+def narrow() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 16, 1, stride=(2, 1)), nn.ReLU(), nn.Conv2d(16, 16, 1, stride=2), nn.Conv2d(16, 8, 3, stride=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    )  # fmt: skip
+
+
+def test_a_narrow_strided_projection_is_ours_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own backward of it corrupts the heap on some CPUs (``SubsampledConv2d``)."""
+    monkeypatch.setattr("distributed_at.models.foreign.raw_network", lambda *_, **__: narrow())
+    model = build_model(ModelConfig(arch="torchvision:resnet18"), num_classes=10).double().eval()
+    kinds = [isinstance(layer, SubsampledConv2d) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    assert kinds == [True, True, False, False]
+    twin, plain = Twin(model, bn_mode="eval"), narrow().double().eval()
+    assert twin.folded == 1
+    x = torch.rand(2, 3, 17, 15, dtype=torch.float64)
+    expected = gradient(plain, x)  # pixels go in as they are: mean 0, deviation 1
+    for found in (gradient(model, x), gradient(twin, x)):
+        assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
