@@ -15,6 +15,7 @@ import torch
 
 from distributed_at.attacks.balls import Bounds
 from distributed_at.attacks.counters import Counters
+from distributed_at.attacks.inputs import check_soft_labels, checked_images
 from distributed_at.attacks.iteration import (
     Gradient,
     Iteration,
@@ -338,7 +339,19 @@ class PGD:
         checkpoints: tuple[int, ...],
         judge: bool,
     ) -> torch.Tensor | AttackResult:
-        x = self._checked(x, y, sample_ids, group_ids, targets, soft_labels, eps)
+        if isinstance(eps, float | int):
+            replace(self.threat, eps=float(eps))  # what a call overrides is checked like what the ball was made with
+        if self.start_clean_scope == "group" and self.start_clean_probability > 0 and group_ids is None:
+            raise DataError("start_clean_scope 'group' draws one coin a BN group: give group_ids")
+        loss = self._loss_entry
+        if targets is not None:
+            refusal = loss.refuse(loss_name(self.loss), targeted=True, num_classes=self.num_classes)
+            if refusal is not None:
+                raise ConfigError(f"attack.{refusal}")
+        if soft_labels is not None:
+            check_soft_labels(soft_labels, x, loss, loss_name(self.loss))
+        rows = {"labels": y, "sample_ids": sample_ids, "group_ids": group_ids, "targets": targets}
+        x = checked_images(x, rows, box=self.threat.box, look=self.check_input)
         ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
         coin_ids = group_ids if self.start_clean_scope == "group" else None
         with torch.inference_mode(False), torch.no_grad(), evaluation_mode(model):
@@ -497,59 +510,6 @@ class PGD:
 
     def _rule(self) -> UpdateRule | None:
         return _entry(ATTACK_UPDATES, self.update).load()
-
-    def _checked(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        sample_ids: torch.Tensor | None,
-        group_ids: torch.Tensor | None,
-        targets: torch.Tensor | None,
-        soft_labels: torch.Tensor | None,
-        eps: float | torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return the images detached, or raise a DataError that says what is wrong with them."""
-        if x.dtype not in (torch.float32, torch.float64):
-            raise DataError(
-                f"images are {x.dtype}; the attack works on float32 or float64 in {self.threat.box} "
-                "(uint8: divide by 255; 16 bits: autocast inside the model)"
-            )
-        rows = (("labels", y), ("sample_ids", sample_ids), ("group_ids", group_ids), ("targets", targets))
-        for name, value in rows:
-            if value is not None and (value.dtype != torch.int64 or value.shape != x.shape[:1]):
-                raise DataError(
-                    f"{name} must be ({len(x)},) int64, one an image, got {tuple(value.shape)} {value.dtype}"
-                )
-        loss = self._loss_entry
-        if targets is not None:
-            refusal = loss.refuse(loss_name(self.loss), targeted=True, num_classes=self.num_classes)
-            if refusal is not None:
-                raise ConfigError(f"attack.{refusal}")
-        if soft_labels is not None:
-            if not loss.soft_labels:
-                able = [name for name in ATTACK_LOSSES if ATTACK_LOSSES[name].soft_labels]
-                raise ConfigError(
-                    f"attack.loss {loss_name(self.loss)!r} is measured from one class an image, not from soft labels; "
-                    f"losses that take them: {', '.join(able)}"
-                )
-            if soft_labels.dim() != 2 or len(soft_labels) != len(x) or not soft_labels.is_floating_point():
-                raise DataError(
-                    f"soft_labels must be ({len(x)}, classes) float, got {tuple(soft_labels.shape)} {soft_labels.dtype}"
-                )
-        if isinstance(eps, float | int):
-            replace(self.threat, eps=float(eps))  # what a call overrides is checked like what the ball was made with
-        if self.start_clean_scope == "group" and self.start_clean_probability > 0 and group_ids is None:
-            raise DataError("start_clean_scope 'group' draws one coin a BN group: give group_ids")
-        if self.check_input and not x.is_meta and x.numel():
-            low, high = self.threat.box
-            smallest, largest = (v.item() for v in torch.aminmax(x.detach()))
-            if not (smallest >= low and largest <= high):
-                raise DataError(
-                    f"images lie in [{smallest:.4g}, {largest:.4g}], the pixel box is [{low:g}, {high:g}]; "
-                    "normalisation belongs inside the model"
-                )
-        x = x.detach()
-        return x.clone() if x.is_inference() else x
 
 
 def loss_name(loss: str | AttackLoss) -> str:

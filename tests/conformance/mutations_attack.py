@@ -204,7 +204,7 @@ MUTATIONS = [
         "step rule ignored", FACTS, "max(step, eps / steps) if steps else step", "step", "step_rule_reaches_the_ball",
     ),
     Mutation(
-        "normalised images attacked", PGD, "if not (smallest >= low and largest <= high):", "if False:",
+        "normalised images attacked", "attacks/inputs.py", "if not (smallest >= low and largest <= high):", "if False:",
         "normalised_images_are_refused",
     ),
     Mutation(
