@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from distributed_at.catalogue.optimizers import OPTIMIZERS
+from distributed_at.catalogue.schedules import SCHEDULES
 from distributed_at.config import AttackConfig, OptimizerConfig, ScheduleConfig
 from distributed_at.engine.schedules import learning_rate, momentum
 from distributed_at.errors import ConfigError
@@ -274,3 +277,23 @@ def test_noise_of_steps_is_of_the_sign() -> None:
             AttackConfig(**{"eps": 8, "num_steps": 2, "step_size": 2, "step_noise": 0.001, **fields})
     with pytest.raises(ValueError, match="early_stop_boundary says when early_stop_epochs raise"):
         AttackConfig(eps=8, num_steps=2, step_size=2, early_stop=1, early_stop_boundary="after")
+
+
+def test_schedules_of_the_docs_are_schedules() -> None:
+    """Each line of docs/recipes.md, one of each name, with the rates that the page says of them."""
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    lines = re.findall(r"^schedule: (\{.*\})$", page, re.MULTILINE)
+    words = ["train.epochs=160", "schedule.warmup_epochs=0"]  # of the recipe that is changed
+    found = [load_recipe("digits/adversarial", [*words, f"schedule={line}"]).config.schedule for line in lines]
+    assert {s.name for s in found} == set(SCHEDULES.builtin) - {"constant"}
+    for schedule in found:
+        assert all(0 <= rate <= 0.1 + 1e-12 for rate in rates(schedule, 160))
+    drops = next(s for s in found if s.factors)
+    fell = [rates(drops, 120)[epoch * EACH] for epoch in (58, 59, 88, 89, 108, 109)]
+    assert fell == pytest.approx([0.1, 0.01, 0.01, 0.001, 0.001, 0.0005])
+    late = next(s for s in found if s.boundary == "after_warmup")
+    assert [rates(late, 160)[e * EACH] for e in (139, 140)] == pytest.approx([0.1, 0.01])
+    straight = next(s for s in found if s.name == "points")
+    assert [rates(straight, 120)[e * EACH] for e in (20, 40, 70, 99, 100)] == pytest.approx(
+        [0.05, 0.1, 0.055, 0.0115, 0.001]
+    )
